@@ -1,0 +1,172 @@
+"""From COMMIT to the client: how long a notification is on its way.
+
+    python bench/latency.py [--inserts 1000] [--streams 1] [--dsn URL]
+
+Starts the server as an operator would (on a PostgreSQL of its own, with its real fsync, unless
+--dsn names a database), opens streams over bare sockets, and inserts one row after the other, each
+in a transaction. The clock of a row starts when COMMIT is sent, so that the commit itself, which
+nobody can be faster than, is in the figure; it is shown on its own, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psycopg2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sse_server.embedded import EmbeddedPostgres  # noqa: E402
+from sse_server.sessions import COOKIE  # noqa: E402
+from sse_server.store import schema_sql  # noqa: E402
+
+MARK = re.compile(rb'"message":"latency (\d+)"')
+
+
+class Reader(threading.Thread):
+    """One stream; notes when each frame arrived."""
+
+    def __init__(self, port: int, key: str) -> None:
+        super().__init__(daemon=True)
+        self.arrived: dict[int, float] = {}
+        self.ready = threading.Event()
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.sendall(
+            f"GET /api/stream HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: text/event-stream\r\n"
+            f"Cookie: {COOKIE}={key}\r\n\r\n".encode()
+        )
+
+    def run(self) -> None:
+        rest = b""
+        while data := self._socket.recv(65536):
+            now = time.perf_counter()
+            *whole, rest = (rest + data).split(b"\n\n")
+            for frame in whole:
+                if found := MARK.search(frame):
+                    self.arrived[int(found[1])] = now
+                elif b"event: ready" in frame:
+                    self.ready.set()
+
+
+def percentiles(name: str, seconds: Sequence[float]) -> None:
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    print(
+        f"{name:28}  p50 {cuts[49] * 1000:6.2f} ms   p99 {cuts[98] * 1000:6.2f} ms"
+        f"   max {max(seconds) * 1000:6.2f} ms   n={len(seconds)}"
+    )
+
+
+def measure(dsn: str, port: int, inserts: int, streams: int) -> None:
+    connection = psycopg2.connect(dsn)
+    user_id = f"latency-{secrets.token_hex(4)}"
+    keys = [secrets.token_urlsafe(32) for _ in range(streams)]
+    with connection, connection.cursor() as cursor:
+        cursor.execute("UPDATE settings SET user_rate_per_minute = 0")
+        for key in keys:
+            cursor.execute(
+                "INSERT INTO sessions (key_hash, user_id, expires_at) "
+                "VALUES (%s, %s, now() + interval '1 hour')",
+                (hashlib.sha256(key.encode()).digest(), user_id),
+            )
+    readers = [Reader(port, key) for key in keys]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        if not reader.ready.wait(10):
+            sys.exit("a stream did not open")
+
+    begun: list[float] = []
+    commits: list[float] = []
+    with connection.cursor() as cursor:
+        for number in range(inserts):
+            cursor.execute(
+                "INSERT INTO notifications (user_id, event_type, message) "
+                "VALUES (%s, 'new_message', %s)",
+                (user_id, f"latency {number}"),
+            )
+            start = time.perf_counter()
+            connection.commit()
+            commits.append(time.perf_counter() - start)
+            begun.append(start)
+            time.sleep(0.002)  # single notifications, not a burst
+    deadline = time.monotonic() + 10
+    while any(len(reader.arrived) < inserts for reader in readers):
+        if time.monotonic() > deadline:
+            sys.exit("not every notification arrived")
+        time.sleep(0.01)
+    connection.close()
+    percentiles("COMMIT alone", commits)
+    percentiles(
+        "COMMIT sent -> client",
+        [
+            reader.arrived[number] - start
+            for reader in readers
+            for number, start in enumerate(begun)
+        ],
+    )
+
+
+def serve(dsn: str, inserts: int, streams: int) -> None:
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("SSE_")}
+    environment |= {"DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sse_server", "--port", "0", "--log-level", "WARNING"],
+            env=environment,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if found := re.search(r"listening on http://\S+:(\d+)", line):
+                    measure(dsn, int(found[1]), inserts, streams)
+                    break
+            else:
+                sys.exit("the server does not start")
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--inserts", type=int, default=1000)
+    parser.add_argument("--streams", type=int, default=1, help="of one user, at most 20")
+    parser.add_argument("--dsn", help="a database whose rate limit may be switched off")
+    arguments = parser.parse_args()
+    if arguments.dsn:
+        serve(arguments.dsn, arguments.inserts, arguments.streams)
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)  # root runs PostgreSQL as another account
+        postgres = EmbeddedPostgres(Path(directory) / "data")
+        try:
+            dsn = postgres.start()
+            connection = psycopg2.connect(dsn)
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(schema_sql())
+            connection.close()
+            serve(dsn, arguments.inserts, arguments.streams)
+        finally:
+            postgres.stop()
+
+
+if __name__ == "__main__":
+    main()

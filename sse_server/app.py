@@ -1,0 +1,207 @@
+"""The composition root: builds and wires the parts, starts and stops them; the route table."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp_session import session_middleware
+
+from sse_server.api import notifications, openapi, operations, preferences, publish, session
+from sse_server.audit import AUDIT, Audit
+from sse_server.config import Settings
+from sse_server.database import Database
+from sse_server.errors import ConfigurationError, TooManyRequests
+from sse_server.feed import Feed
+from sse_server.hub import TICKS_PER_SECOND, Hub
+from sse_server.limits import LIMITS, Limits, limited
+from sse_server.metrics import Metrics
+from sse_server.middleware import (
+    Headers,
+    errors,
+    loopback_host,
+    same_site,
+    timely_bodies,
+    trusted_proxies,
+)
+from sse_server.retention import Retention
+from sse_server.services import SERVICES, Services
+from sse_server.sessions import STORAGE, PostgresStorage
+from sse_server.store import Store
+from sse_server.stream import STREAMS, Streams, stream
+from sse_server.tasks import Supervisor
+from sse_server.tokens import Verifier
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = web.AppKey("settings", Settings)
+SUPERVISOR = web.AppKey("supervisor", Supervisor)
+
+# Limits
+BODY_BYTES = 64 * 1024
+
+
+def static_dir() -> Path:
+    """Where the page is: in the package once installed, else at the top of the checkout."""
+    here = Path(__file__).parent
+    for path in (here / "static", here.parent / "static"):
+        if path.is_dir():
+            return path
+    raise ConfigurationError("static/ is missing from this installation.")
+
+
+def create_app(settings: Settings) -> web.Application:
+    """Build the application. Nothing connects before it is started.
+
+    Raises:
+        ConfigurationError: There is no database to use, or a key cannot be used.
+    """
+    if settings.database_url is None:
+        raise ConfigurationError("DATABASE_URL is not set.")
+    metrics = Metrics()
+    database = Database(
+        settings.database_url.get_secret_value(),
+        size=settings.pool_size,
+        connect_timeout=settings.connect_timeout,
+        query_timeout=settings.query_timeout,
+    )
+    store = Store(database, link_hosts=settings.link_hosts)
+    hub = Hub(
+        metrics,
+        streams_per_user=settings.streams_per_user,
+        buffer_bytes=settings.stream_buffer_bytes,
+        heartbeat_seconds=settings.heartbeat_seconds,
+        max_seconds=settings.stream_max_seconds,
+    )
+    storage = PostgresStorage(
+        store, seconds=settings.session_seconds, cross_site=bool(settings.allowed_origins)
+    )
+    app = web.Application(
+        middlewares=[
+            trusted_proxies(settings.trusted_proxies),
+            errors,
+            *([loopback_host] if settings.demo else []),
+            same_site(settings.allowed_origins),
+            timely_bodies(settings.body_timeout),
+            session_middleware(storage),
+            limited,
+        ],
+        client_max_size=BODY_BYTES,
+    )
+    audit = Audit(store)
+    limits = Limits(
+        api_calls=settings.api_calls_per_minute,
+        anonymous_calls=settings.anonymous_calls_per_minute,
+        sign_ins=settings.sign_ins_per_minute,
+        refused=partial(_over_limit, audit),
+    )
+    app[AUDIT] = audit
+    app[LIMITS] = limits
+    app[SERVICES] = Services(store, limits, audit, link_hosts=settings.link_hosts)
+    app[openapi.DOCUMENT] = openapi.document(demo=settings.demo)
+    app[SETTINGS] = settings
+    app[SUPERVISOR] = Supervisor()
+    app[notifications.STORE] = store
+    app[operations.FEED] = Feed(store, hub, metrics, probe_seconds=settings.probe_seconds)
+    app[operations.HUB] = hub
+    app[operations.METRICS] = metrics
+    app[STORAGE] = storage
+    verifier = Verifier.of(settings)
+    if verifier is not None:
+        app[session.VERIFIER] = verifier
+    app[STREAMS] = Streams(
+        hub,
+        store,
+        metrics,
+        page_rows=settings.replay_page_rows,
+        buffer_bytes=settings.stream_buffer_bytes,
+        slow_seconds=settings.slow_seconds,
+        send_timeout=settings.send_timeout,
+    )
+    app.on_response_prepare.append(Headers(settings.allowed_origins, framed_page=settings.demo))
+    app.cleanup_ctx.append(_running)
+    # Not in cleanup_ctx: aiohttp waits for the handlers before it comes to that, and streams do
+    # not end by themselves.
+    app.on_shutdown.append(_drain)
+    _add_routes(app, demo=settings.demo)
+    return app
+
+
+def _add_routes(app: web.Application, *, demo: bool) -> None:
+    app.add_routes(
+        [
+            web.get("/api/stream", stream, allow_head=False),
+            web.get("/api/notifications", notifications.history, allow_head=False),
+            web.get("/api/notifications/unread", notifications.unread, allow_head=False),
+            web.post("/api/notifications/read", notifications.mark_read),
+            web.post("/api/notifications/{id}/read", notifications.mark_one_read),
+            web.get("/api/preferences", preferences.get, allow_head=False),
+            web.patch("/api/preferences", preferences.patch),
+            web.put("/api/preferences/{event_type}", preferences.put),
+            web.post("/api/session", session.create),
+            web.get("/api/session", session.get, allow_head=False),
+            web.delete("/api/session", session.delete),
+            web.post("/api/publish", publish.publish),
+            web.get("/api/openapi.json", openapi.get, allow_head=False),
+            web.get("/api/docs", _docs, allow_head=False),
+            web.get("/livez", operations.livez),
+            web.get("/readyz", operations.readyz),
+            web.get("/metrics", operations.metrics),
+            web.get("/", _page),
+            web.static("/static", static_dir()),
+        ]
+    )
+    if demo:
+        app.add_routes(
+            [
+                web.post("/demo/session", session.demo_sign_in),
+                web.post("/demo/publish", session.demo_publish),
+            ]
+        )
+
+
+async def _page(request: web.Request) -> web.StreamResponse:
+    """GET /: the demo inbox."""
+    return web.FileResponse(static_dir() / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+async def _docs(request: web.Request) -> web.StreamResponse:
+    """GET /api/docs: the OpenAPI document, to be read."""
+    return web.FileResponse(static_dir() / "openapi.html", headers={"Cache-Control": "no-cache"})
+
+
+async def _running(app: web.Application) -> AsyncIterator[None]:
+    store = app[notifications.STORE]
+    supervisor = app[SUPERVISOR]
+    await store.apply_schema()
+    await app[operations.FEED].open()
+    supervisor.start("feed", app[operations.FEED].run())
+    supervisor.start("clock", _clock(app[operations.HUB]))
+    supervisor.start("limits", app[LIMITS].run())
+    supervisor.start("retention", Retention(store).run())
+    yield
+    await supervisor.stop()
+    await app[AUDIT].close()
+    await app[STREAMS].close()
+    await app[STORAGE].close()
+    await store.database.close()
+
+
+async def _drain(app: web.Application) -> None:
+    await app[STREAMS].drain(app[SETTINGS].drain_seconds)
+
+
+async def _clock(hub: Hub) -> None:
+    while True:
+        await asyncio.sleep(1 / TICKS_PER_SECOND)
+        hub.tick()
+
+
+def _over_limit(audit: Audit, limit: str, key: str, count: int) -> None:
+    audit.note(
+        "limit", actor=key, outcome=TooManyRequests.slug, detail={"limit": limit, "count": count}
+    )

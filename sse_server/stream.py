@@ -1,0 +1,369 @@
+"""``GET /api/stream``: the life of one event stream.
+
+A stream registers in the hub first and replays second, so that nothing can slip in between; it goes
+live when a whole pass over the table has found what there is and nothing was announced meanwhile.
+If its client is slow it falls back to replaying. It holds no database connection while it is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp_sse import EventSourceResponse
+
+from sse_server import events
+from sse_server.errors import (
+    DatabaseError,
+    DatabaseUnavailable,
+    NotSignedIn,
+    ServiceError,
+    TooManyRequests,
+    Unavailable,
+)
+from sse_server.events import Closing, Cursor
+from sse_server.hub import Hub, Stream
+from sse_server.limits import LIMITS, network
+from sse_server.metrics import Metrics
+from sse_server.sessions import STORAGE
+from sse_server.store import Page, Position, Store
+from sse_server.tasks import Batcher
+
+logger = logging.getLogger(__name__)
+
+# First pages of this many streams are one query.
+REPLAY_BATCH = 50
+
+# As are the sessions of this many.
+CHECK_BATCH = 200
+
+# Longest that the end of a stream may wait for a client that does not read.
+FINISH_SECONDS = 3.0
+
+# Pause between tries of a stream that replays while the database is away.
+RETRY_SECONDS = (0.5, 2.0)
+
+T = TypeVar("T")
+
+
+class EventStream(EventSourceResponse):
+    """aiohttp-sse's response without its ping task: one timer serves all streams here.
+
+    Its ``send_timeout`` stays (``TCP_USER_TIMEOUT``): it finds dead peers.
+    """
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        if not self.prepared:
+            self._set_tcp_user_timeout(request)
+        # Not super(): that is where the task is started.
+        return await web.StreamResponse.prepare(self, request)
+
+
+class Streams:
+    """Opens streams and keeps them going. One per process."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        store: Store,
+        metrics: Metrics,
+        *,
+        # Limits
+        page_rows: int = 500,
+        buffer_bytes: int = 256 * 1024,
+        # Timeouts
+        slow_seconds: float = 60.0,
+        send_timeout: float = 120.0,
+    ) -> None:
+        self._hub = hub
+        self._store = store
+        self._metrics = metrics
+        self._page_rows = page_rows
+        self._buffer_bytes = buffer_bytes
+        self._slow_seconds = slow_seconds
+        self._send_timeout = send_timeout
+        self._pages: Batcher[Position, Page] = Batcher(
+            "replay", self._replay_batch, size=REPLAY_BATCH, concurrency=3
+        )
+        # Seconds left and newest stream of a session; `None` if it has ended.
+        self._sessions: Batcher[int, tuple[float, int] | None] = Batcher(
+            "check sessions", self._check_batch, size=CHECK_BATCH, concurrency=2
+        )
+
+    async def _replay_batch(self, positions: list[Position]) -> list[Page]:
+        return await self._store.replay(positions, self._page_rows)
+
+    async def _check_batch(self, ids: list[int]) -> list[tuple[float, int] | None]:
+        valid = await self._store.check_sessions(ids)
+        return [valid.get(id) for id in ids]
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Serve one stream until it ends.
+
+        Raises:
+            NotSignedIn: For everybody without a session.
+            ServiceError: 429 or 503 for clients that are no EventSource, if it cannot be served
+                now; an EventSource would give up for good on them.
+        """
+        asked = asks_for(request)
+        if self._hub.draining:
+            return await self._turn_away(request, Closing.SHUTDOWN)
+        storage = request.app[STORAGE]
+        limits = request.app[LIMITS]
+        key = storage.key(request)
+        # Before the claim, which ends the session's older stream.
+        if key is not None and not await limits.may_open_stream(key):
+            return await self._turn_away(request, Closing.LIMIT)
+        claimed = storage.claim_stream(request)
+        try:
+            claim = None if claimed is None else await claimed
+        except DatabaseUnavailable:
+            return await self._turn_away(request, Closing.UNAVAILABLE)
+        if key is None or claim is None:
+            address = f"address:{network(request.remote)}"
+            # An EventSource gives up on 401 and on 429 alike; only the first says why.
+            if not await limits.anonymous.take(address) and not is_event_source(request):
+                raise limits.anonymous.refusal()
+            raise NotSignedIn("Sign in first.")
+        if not await limits.claimed_stream(key, claim.user_id):
+            return await self._turn_away(request, Closing.LIMIT)
+        stream = Stream(claim.user_id, claim.session_id, claim.number)
+        refused = self._hub.register(stream, claim.seconds_left)
+        if refused is not None:
+            return await self._turn_away(request, refused)
+        try:
+            return await self._serve(request, stream, asked)
+        finally:
+            self._hub.unregister(stream)
+            logger.info(
+                "stream %d/%d closed: %s, %d sent in %.1f s",
+                stream.session_id,
+                stream.number,
+                stream.closing,
+                stream.sent,
+                time.monotonic() - stream.opened_at,
+            )
+
+    async def _turn_away(self, request: web.Request, reason: Closing) -> web.StreamResponse:
+        self._metrics.turned_away.labels(reason.value).inc()
+        retry_ms = random.randint(*events.RETRY_MS[reason])
+        if not is_event_source(request):
+            error: type[ServiceError] = TooManyRequests if reason is Closing.LIMIT else Unavailable
+            raise error(
+                f"No stream can be opened now: {reason.value}.",
+                retry_after=None if retry_ms == events.NEVER_MS else retry_ms / 1000,
+                reason=reason.value,
+            )
+        response = EventStream(send_timeout=self._send_timeout)
+        response.force_close()
+        # aiohttp-sse has put "keep-alive" there: the client would send its next request to nobody.
+        response.headers[hdrs.CONNECTION] = "close"
+        await response.prepare(request)
+        await response.write(events.unchunk(events.closing(reason, retry_ms)))
+        await response.write_eof()
+        return response
+
+    async def _serve(
+        self, request: web.Request, stream: Stream, asked: Cursor
+    ) -> web.StreamResponse:
+        # Asked for before the head is sent: without a database there is nothing to stream.
+        first = Position(stream.user_id, cursor=asked.id)
+        try:
+            page, session = await asyncio.gather(
+                self._pages.ask(first), self._sessions.ask(stream.session_id)
+            )
+        except DatabaseError:
+            self._hub.close(stream, Closing.UNAVAILABLE)
+            return await self._turn_away(request, Closing.UNAVAILABLE)
+        # The session may have ended, or opened another stream elsewhere, between the claim and
+        # register(): announced while the hub did not know this stream, and never again.
+        if session is None:
+            self._hub.close(stream, Closing.SESSION_ENDED)
+        else:
+            seconds_left, newest = session
+            self._hub.supersede(stream.session_id, newest)
+            self._hub.expire(stream.session_id, seconds_left)
+        response = EventStream(send_timeout=self._send_timeout)
+        stream.plain = request.version < (1, 1)
+        writer = await response.prepare(request)
+        assert writer is not None
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left while its stream was opened")
+        stream.transport = transport
+        if stream.closing is not None:
+            # While there was no transport yet; its last event could not be written.
+            reason, stream.closing = stream.closing, None
+            self._hub.close(stream, reason)
+        logger.info("stream %d/%d opened by %s", stream.session_id, stream.number, request.remote)
+        stream.write(events.retry(random.randint(*events.DEFAULT_RETRY_MS)))
+        if asked.malformed or not page.known:
+            stream.write(events.reset("unknown_cursor"))
+        elif asked.id is not None and stream.seen is not None:
+            # The client has it, so the replay leaves it out; it may yet be announced.
+            stream.seen[asked.id] = page.snapshot.xmax - 1
+        try:
+            await self._run(stream, writer, first, page)
+        except ConnectionError:
+            self._hub.close(stream, Closing.GONE)
+        await self._finish(response, stream)
+        return response
+
+    async def _run(
+        self, stream: Stream, writer: AbstractStreamWriter, first: Position, page: Page
+    ) -> None:
+        """Replay, be live, replay again when lagging, until the stream is closing."""
+        await self._replay(stream, writer, first, page)
+        while not stream.ended:
+            if stream.live:
+                await stream.waiter()
+            elif await self._drained(stream, writer):
+                await self._replay(stream, writer, None, None)
+
+    async def _replay(
+        self,
+        stream: Stream,
+        writer: AbstractStreamWriter,
+        position: Position | None,
+        page: Page | None,
+    ) -> None:
+        """Pass over the table until nothing new has come meanwhile, then go live."""
+        while not stream.ended:
+            if position is None:
+                # What is announced from here on may be too late for this pass's snapshot.
+                stream.dirty = False
+                position = Position(stream.user_id, base=stream.base)
+            base = stream.base
+            unread_count = await self._pass(stream, writer, position, page)
+            # From here to go_live() there is no await: what is announced before makes it dirty,
+            # what is announced after is written.
+            if stream.base is base:
+                stream.base = position.snapshot
+            # else it has been told to start over: the database is another cluster
+            position = page = None
+            if unread_count is not None and self._hub.go_live(stream):
+                self._metrics.replays.inc()
+                stream.write(events.ready(unread_count, self._hub.heartbeat_seconds))
+                return
+
+    async def _pass(
+        self, stream: Stream, writer: AbstractStreamWriter, position: Position, page: Page | None
+    ) -> int | None:
+        """Write all that one snapshot shows, page by page.
+
+        Returns: The number of unread rows, if a single page was enough.
+        """
+        while not stream.ended:
+            if page is None:
+                page = await self._page(stream, position)
+                if page is None:
+                    break
+            position.snapshot = page.snapshot
+            position.counted = False
+            for notification in page.notifications:
+                self._hub.replayed(stream, notification)
+                position.after_id = notification.id
+            self._metrics.replayed.inc(len(page.notifications))
+            # Nobody's replay may fill the memory.
+            if page.full or stream.buffered > self._buffer_bytes:
+                await self._drained(stream, writer)
+            if not page.full:
+                return page.unread_count
+            page = None
+        return None
+
+    async def _page(self, stream: Stream, position: Position) -> Page | None:
+        """The next page, whenever the database can give it; `None` once the stream is closing."""
+        while True:
+            answer = self._pages.ask(position)
+            try:
+                return await self._unless_closing(stream, answer)
+            except DatabaseError as exc:
+                logger.info("stream %d/%d: replay waits: %s", stream.session_id, stream.number, exc)
+            await self._unless_closing(stream, asyncio.sleep(random.uniform(*RETRY_SECONDS)))
+            if stream.ended:
+                return None
+
+    async def _unless_closing(self, stream: Stream, awaitable: Awaitable[T]) -> T | None:
+        """Wait for something, but no longer than for the stream's end; `None` then."""
+        future = asyncio.ensure_future(awaitable)
+        try:
+            while not future.done() and not stream.ended:
+                waiting: set[asyncio.Future[Any]] = {future, stream.waiter()}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return future.result() if future.done() else None
+        finally:
+            future.cancel()
+
+    async def _drained(self, stream: Stream, writer: AbstractStreamWriter) -> bool:
+        """Wait until the client has taken most of what is buffered; False if it never does."""
+        try:
+            async with asyncio.timeout(self._slow_seconds):
+                await self._unless_closing(stream, writer.drain())
+        except TimeoutError:
+            self._hub.close(stream, Closing.SLOW)
+        # drain() returns at once when the connection is lost: nobody is left to replay for.
+        if stream.transport is None or stream.transport.is_closing():
+            self._hub.close(stream, Closing.GONE)
+        return not stream.ended
+
+    async def _finish(self, response: EventStream, stream: Stream) -> None:
+        """End the body properly, unless the client does not even take that."""
+        response.force_close()
+        transport = stream.transport
+        try:
+            async with asyncio.timeout(FINISH_SECONDS):
+                await response.write_eof()
+        except TimeoutError:
+            if transport is not None:
+                transport.abort()
+        except ConnectionError:
+            pass  # gone, and nobody is left to be told
+
+    async def drain(self, seconds: float) -> None:
+        """End all streams within `seconds`, spread out so that they do not come back all at once.
+
+        New ones are turned away from now on.
+        """
+        self._hub.draining = True
+        streams = list(self._hub)
+        random.shuffle(streams)
+        # A few streams end at once; many take up to half of the time there is.
+        spread = min(seconds / 2, len(streams) / 1000)
+        started = time.monotonic()
+        for position, stream in enumerate(streams):
+            due = started + spread * position / len(streams)
+            if (wait := due - time.monotonic()) > 0.01:
+                await asyncio.sleep(wait)
+            self._hub.close(stream, Closing.SHUTDOWN)
+
+    async def close(self) -> None:
+        await self._pages.close()
+        await self._sessions.close()
+
+
+def is_event_source(request: web.Request) -> bool:
+    """Whether the client gives up for good on any status but 200."""
+    return "text/event-stream" in request.headers.get(hdrs.ACCEPT, "")
+
+
+def asks_for(request: web.Request) -> Cursor:
+    """The request's cursor: the ``Last-Event-ID`` header, else ``?last_event_id=``."""
+    text = request.headers.get("Last-Event-ID")
+    if text is None:
+        text = request.query.get("last_event_id")
+    return Cursor(text)
+
+
+STREAMS = web.AppKey("streams", Streams)
+
+
+async def stream(request: web.Request) -> web.StreamResponse:
+    """GET /api/stream"""
+    return await request.app[STREAMS].handle(request)
