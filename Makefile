@@ -28,7 +28,16 @@ run: .venv/installed ## Start the server, with a PostgreSQL of its own unless DA
 
 .PHONY: test
 test: .venv/installed-dev ## Run the tests
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n auto --dist worksteal $(ARGS)
+
+.PHONY: faults
+faults: .venv/installed-dev ## Let nodes, database and network fail in SEEDS (200) random histories
+	@FAULTS_SEEDS=$(or $(SEEDS),200) FAULTS_FIRST=$(or $(FIRST),1) \
+	  $(python) -m pytest -n auto --dist worksteal tests/faults $(ARGS)
+
+.PHONY: soak
+soak: .venv/installed-dev ## Come and go for SOAK_SECONDS (1800); nothing may be left behind
+	@SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(python) -m pytest -s tests/soak $(ARGS)
 
 .PHONY: check
 check: .venv/installed-dev ## Check format, style, types and the layers of the modules

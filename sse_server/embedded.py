@@ -509,7 +509,7 @@ class EmbeddedPostgres:
         for signal_number, seconds in (
             (_STOP_SIGNALS[mode], STOP_SECONDS),
             (signal.SIGQUIT, ABORT_SECONDS),
-            (signal.SIGKILL, ABORT_SECONDS),
+            (signal.SIGKILL, None),  # nobody can refuse; it may only have to end a write to disk
         ):
             process.send_signal(signal_number)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -107,6 +107,7 @@ class Feed:
         self._polling = False
         self._leaving = False
         self._left: Snapshot | None = None
+        self._sweep_now = False
         self._commits = 0
         self._last_xact = 0
         self._decided_at = 0.0
@@ -214,6 +215,9 @@ class Feed:
                         if loop.time() >= next_sweep:
                             break
                         payload = connection.notified_nowait()
+                if self._sweep_now:
+                    self._sweep_now = False
+                    next_sweep = loop.time()
                 if self._recheck_sessions:
                     self._recheck_sessions = False
                     await self._check_sessions(connection)
@@ -264,6 +268,11 @@ class Feed:
         wants = self._hub.wants
         due = [recipient for recipient in message["r"] if wants(recipient[1])]
         if not due:
+            return
+        if self._polling:
+            # Rows that nobody announces may have been committed before this one. A client that had
+            # this one first, and then lost its line, would never ask for those.
+            self._sweep_now = True
             return
         if "m" in message:
             content = self._store.content(message["e"], message["m"], message["l"])

@@ -40,6 +40,11 @@ hypothesis.settings.load_profile("tests")
 T = TypeVar("T")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: tests of a service mostly wait."""
+    return (os.cpu_count() or 1) + 1
+
+
 def require_program(name: str, how: str) -> Path:
     """Return the path of an external program; without it, skip the test and say how to get it.
 

@@ -307,7 +307,11 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Node]:
-    """Run a server as ``cli`` does, above all without the test client's handler_cancellation."""
+    """Run a server as ``cli`` does, above all without the test client's handler_cancellation.
+
+    Its feed has got over the first moments, in which it sweeps often because it does not know yet
+    whether everybody notifies.
+    """
     app = create_app(settings)
     runner = web.AppRunner(
         app, access_log=None, shutdown_timeout=settings.drain_seconds, keepalive_timeout=75.0
@@ -317,6 +321,7 @@ async def running(settings: Settings) -> AsyncIterator[Node]:
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
         node = Node(app, runner, runner.addresses[0][1])
         async with node.clients:
+            await eventually(lambda: not node.feed._polling)
             yield node
     finally:
         await runner.cleanup()

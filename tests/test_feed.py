@@ -197,9 +197,13 @@ def many_descriptors() -> Iterator[None]:
 
 
 async def test_a_feed_above_descriptor_1024_notices_its_loss(
-    many_descriptors: None, settings: SettingsFactory, db: Connection
+    many_descriptors: None,
+    settings: SettingsFactory,
+    db: Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a descriptor that select() refuses, the loss of the connection is noticed at once."""
+    monkeypatch.setattr(feed_module, "DECIDE_SECONDS", 60.0)  # its query would notice, too
     [key] = sign_in(db, "alice")
     async with running(settings(**NO_SWEEP)) as node:
         stream = await node.open_live(key)
@@ -219,13 +223,14 @@ async def test_a_feed_above_descriptor_1024_notices_its_loss(
 async def test_a_black_hole_is_noticed(settings: SettingsFactory, db: Connection, dsn: str) -> None:
     """When the database vanishes without an error, the probe notices, and nothing is lost."""
     keys = sign_in(db, "alice", "bob")
-    async with proxied(settings, dsn, probe_seconds=0.2, query_timeout=1.0) as (proxy, node):
+    async with proxied(settings, dsn, probe_seconds=0.2, query_timeout=2.0) as (proxy, node):
         stream, ended = [await node.open_live(key) for key in keys]
         connection = node.feed.connection
         proxy.stall()
         ids = insert(db, "alice", "into the hole")
         end_session(db, keys[1])
-        await reconnected(node, connection)
+        # Not only when the driver gives up, after ten times as long.
+        await eventually(lambda: node.feed.connection not in (None, connection), 15)
         await eventually(lambda: stream.ids == ids)
         await eventually(lambda: ended.reason == "session_ended")
         await eventually(lambda: stream.ready == 2)
@@ -316,6 +321,32 @@ async def test_rows_without_a_trigger_arrive_by_the_sweep(
             assert stream.ids == ids + late
     finally:
         replica.close()
+
+
+async def test_an_announced_row_does_not_overtake_a_silent_one(
+    settings: SettingsFactory, db: Connection, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While some transactions notify and others do not, none is sent before one that it covers: a
+    client whose line breaks in between would never get the other."""
+    [key] = sign_in(db, "alice")
+    late = connect(dsn)
+    late.autocommit = False
+    try:
+        async with running(settings(**NO_SWEEP)) as node:
+            stream = await node.open_live(key)
+            connection = node.feed.connection
+            monkeypatch.setattr(feed_module, "LEAVING_SECONDS", 30.0)
+            kill_feeds(db)  # a feed that starts cannot know who notifies
+            await reconnected(node, connection)
+            query(db, "UPDATE settings SET polling_until = clock_timestamp() + interval '1 hour'")
+            silent = insert(late, "alice", "from the time of polling")
+            query(db, "UPDATE settings SET polling_until = '-infinity'")
+            late.commit()
+            announced = insert(db, "alice", "notified")
+            await received(stream, 2)
+            assert stream.ids == silent + announced
+    finally:
+        late.close()
 
 
 async def test_a_sweep_of_many_pages_misses_and_repeats_nothing(

@@ -198,7 +198,7 @@ async def test_nothing_is_lost_under_commit_reordering(
     settings: SettingsFactory, db: Connection, dsn: str
 ) -> None:
     """Clients that reconnect all the time receive exactly what was committed for them."""
-    async with running(settings(replay_page_rows=5)) as node:
+    async with running(settings(api_calls_per_minute=0, replay_page_rows=5)) as node:
         clients = await commit_and_reconnect(node, db, dsn)
     rows = committed(db)
     for user_id, client in clients.items():
@@ -214,7 +214,7 @@ async def test_an_id_as_the_cursor_loses_notifications(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The harness above would see a loss: with ``id > last_id`` for the cursor there is one."""
-    async with running(settings(replay_page_rows=5)) as node:
+    async with running(settings(api_calls_per_minute=0, replay_page_rows=5)) as node:
         statement = node.store._q["replay"]
         horizon, after, naive = NAIVE_CURSOR
         assert horizon in statement
@@ -267,10 +267,10 @@ async def test_a_cursor_survives_a_restore_into_another_cluster(
     with its old cursor gets every row inserted since."""
     [key] = sign_in(db, "alice")
     burn(db, 8_000)
-    late = connect(db.dsn)
-    late.autocommit = False
-    async with running(settings()) as node:
+    async with running(settings(api_calls_per_minute=0)) as node:
         stream = await node.open_live(key)
+        late = connect(db.dsn)
+        late.autocommit = False
         ids = [insert(db, "alice", "old")[0] for _ in range(3)]
         insert(late, "alice", "rolled back")
         ids += insert(db, "alice", "newer than an open transaction")
@@ -286,7 +286,7 @@ async def test_a_cursor_survives_a_restore_into_another_cluster(
         restored = connect(dsn)
         try:
             assert counter(restored) < old_counter - 4_000
-            async with running(settings(database_url=dsn)) as node:
+            async with running(settings(api_calls_per_minute=0, database_url=dsn)) as node:
                 new = insert(restored, "alice", "new", "new")
                 for cursor in ids:
                     stream = await node.open_live(key, last_event_id=cursor)
@@ -324,7 +324,7 @@ async def test_streams_survive_a_restore_into_another_cluster(
         async with Proxy(paths[0]) as proxy:
             # One name for both, as after a failover.
             url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{database}"
-            async with running(settings(database_url=url)) as node:
+            async with running(settings(api_calls_per_minute=0, database_url=url)) as node:
                 alice, bob = [await node.open_live(key) for key in keys]
                 await proxy.refuse()
                 restored.close()

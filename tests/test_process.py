@@ -214,7 +214,8 @@ async def test_a_client_that_does_not_read_costs_no_memory(
         return other.ids == his
 
     for number in range(total // batch):
-        ids += await asyncio.to_thread(insert, db, "alice", *["x" * 200] * batch)
+        # 40 MB in all: much more than the process may grow by.
+        ids += await asyncio.to_thread(insert, db, "alice", *["x" * 800] * batch)
         if number % 10 == 0:
             his += insert(db, "bob", "beside")
             await eventually(undisturbed)

@@ -40,9 +40,9 @@ NO_SWEEP = {"probe_seconds": 30.0}
 
 
 @pytest.fixture(autouse=True)
-def no_sweeps_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feed sweeps often at first, until it knows that everybody notifies."""
-    monkeypatch.setattr(feed_module, "LEAVING_SECONDS", 30.0)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed sweeps often at first, until it knows that everybody notifies; let it be quick."""
+    monkeypatch.setattr(feed_module, "LEAVING_SECONDS", 0.005)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -29,7 +30,8 @@ from yarl import URL
 
 from sse_server.services import new_key
 from tests.browser.conftest import Desk, DeskFactory, Table, agree, until
-from tests.browser.test_outages import BACK, OUTAGE, complete, insert_for
+from tests.browser.test_outages import BACK, complete, insert_for
+from tests.browser.test_outages import OUTAGE as LONG_OUTAGE
 from tests.conftest import (
     ROOT,
     ServerProcess,
@@ -43,6 +45,7 @@ from tests.test_tls import make_certificate, trusting
 
 MEBIBYTE = 1024 * 1024
 TABS = 8
+OUTAGE = LONG_OUTAGE / 2
 
 pytestmark = pytest.mark.timeout(120 + 2 * OUTAGE)
 
@@ -327,6 +330,15 @@ async def visitors() -> AsyncIterator[Callable[..., aiohttp.ClientSession]]:
 Visitors = Callable[..., aiohttp.ClientSession]
 
 
+async def ask(
+    visitor: aiohttp.ClientSession, method: str, url: str | URL, **rest: Any
+) -> aiohttp.ClientResponse:
+    """Send a request and read the whole answer."""
+    async with visitor.request(method, url, **rest) as answer:
+        await answer.read()
+    return answer
+
+
 async def open_streams(server: ServerProcess) -> int:
     """How many the server itself has."""
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as answer:
@@ -367,25 +379,27 @@ async def upstream(
     answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[str]:
     """A server that does with each connection what `answer` does, and hangs up."""
-    open_ones: set[asyncio.Task[None] | None] = set()
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        open_ones.add(task := asyncio.current_task())
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await answer(reader, writer)
         finally:
-            writer.transport.abort()
-            open_ones.discard(task)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.ensure_future(serve_one(reader, writer)))
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
-        for task in open_ones:
-            if task is not None:
-                task.cancel()
-        await server.wait_closed()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # What passes
@@ -431,7 +445,7 @@ async def test_streams_are_not_compressed_or_held(
     server = await serve(server_process, SSE_HEARTBEAT_SECONDS="60")
     await nginx.start(server.url)
     visitor = visitors(nginx)
-    await visitor.post("/demo/session", json={"user_id": "alice"})
+    await ask(visitor, "POST", "/demo/session", json={"user_id": "alice"})
     async with visitor.get("/api/stream", headers={"Accept-Encoding": "gzip"}) as answer:
         assert answer.status == 200
         assert answer.content_type == "text/event-stream"
@@ -492,8 +506,8 @@ async def test_origins(nginx: Nginx, server: ServerProcess, visitors: Visitors) 
         ("https://127.0.0.1", 403),
         ("https://evil.example", 403),
     ):
-        answer = await visitor.post(
-            "/demo/session", json={"user_id": "alice"}, headers={"Origin": origin}
+        answer = await ask(
+            visitor, "POST", "/demo/session", json={"user_id": "alice"}, headers={"Origin": origin}
         )
         assert answer.status == status, origin
         if status == 200:
@@ -514,7 +528,9 @@ async def test_what_clients_say_about_themselves(
     body = {"recipients": ["ada"], "event_type": "new_message", "message": "hello"}
 
     async def guess(visitor: aiohttp.ClientSession, number: int) -> int:
-        answer = await visitor.post(
+        answer = await ask(
+            visitor,
+            "POST",
             "/api/publish",
             json=body,
             headers={
@@ -534,7 +550,8 @@ async def test_what_clients_say_about_themselves(
         statuses = [await guess(visitor, number) for number in range(1, 7)]
         assert statuses == 4 * [401] + 2 * [429]
 
-    assert (await visitors(nginx).post("/demo/session", json={"user_id": "ada"})).status == 200
+    answer = await ask(visitors(nginx), "POST", "/demo/session", json={"user_id": "ada"})
+    assert answer.status == 200
     audited = "\n".join(line for line in server.stderr.splitlines() if '"action"' in line)
     assert "address:127.0.0.1" in audited
     assert "address:127.0.0.2" in audited
@@ -553,21 +570,24 @@ async def test_sizes_and_closed_doors(
     headers = {"Authorization": f"Bearer {add_service(db)}", "Content-Type": "application/json"}
     body = {"recipients": ["ada"], "event_type": "new_message", "message": "hello"}
     largest = json.dumps(body).encode().ljust(MEBIBYTE)
-    answer = await visitor.post("/api/publish", data=BytesIO(largest), headers=headers)
+    answer = await ask(visitor, "POST", "/api/publish", data=BytesIO(largest), headers=headers)
     assert answer.status == 200, await answer.text()
-    answer = await visitor.post("/api/publish", data=BytesIO(largest + b" "), headers=headers)
+    answer = await ask(
+        visitor, "POST", "/api/publish", data=BytesIO(largest + b" "), headers=headers
+    )
     assert answer.status == 413
+    assert answer.content_type == "text/html"  # nginx's, before the service sees any of it
     # Elsewhere the service says so itself.
-    answer = await visitor.post("/demo/session", data=BytesIO(largest), headers=headers)
+    answer = await ask(visitor, "POST", "/demo/session", data=BytesIO(largest), headers=headers)
     assert answer.status == 413
     assert answer.content_type == "application/problem+json"
 
     for path in ("/metrics", "/livez", "/readyz", "/%6detrics", "//metrics"):
-        answer = await visitor.get(URL(nginx.url + path, encoded=True))
+        answer = await ask(visitor, "GET", URL(nginx.url + path, encoded=True))
         assert answer.status == 404, path
-    answer = await visitor.get("/")
+    answer = await ask(visitor, "GET", "/")
     assert answer.headers["Server"] == "nginx"  # no version
-    answer = await visitor.get(f"{nginx.plain_url}/api/stream?x=1", allow_redirects=False)
+    answer = await ask(visitor, "GET", f"{nginx.plain_url}/api/stream?x=1", allow_redirects=False)
     assert answer.status == 308
     assert answer.headers["Location"] == "https://push.example.com/api/stream?x=1"
 
@@ -584,7 +604,7 @@ async def test_what_is_not_sent_twice(
 
     async with upstream(hang_up) as one, upstream(hang_up) as other:
         await nginx.start(one, other)
-        answer = await visitors(nginx).request(method, "/api/preferences", json={})
+        answer = await ask(visitors(nginx), method, "/api/preferences", json={})
         assert answer.status == 502
         assert len(requests) == asked
 
@@ -629,9 +649,11 @@ async def test_error_pages(
     await (await desk_.open()).is_status("live", 20)
     await nginx.reload(answers_all(status))
 
+    visitor = visitors(nginx)
+
     async def refused() -> bool:
-        async with visitors(nginx).get("/api/session") as answer:
-            return (answer.status, answer.content_type) == (status, "text/html")
+        answer = await ask(visitor, "GET", "/api/session")
+        return (answer.status, answer.content_type) == (status, "text/html")
 
     await until(refused, 20)
     # The workers of before the reload have ended, and with them the stream.
@@ -681,14 +703,11 @@ async def test_rolling_restart(
 
     inserting = asyncio.ensure_future(load())
     try:
-        # The one with the stream last, then first: it moves twice.
-        for _ in range(2):
-            for server in list(servers):
-                servers.remove(server)
-                server.terminate()
-                assert await server.wait(30) == 0
-                servers.append(await again(server_process, server))
-                await desk_.tabs[0].is_status("live", BACK)
+        for number, server in enumerate(servers):
+            server.terminate()
+            assert await server.wait(30) == 0
+            servers[number] = await again(server_process, server)
+            await desk_.tabs[0].is_status("live", BACK)
     finally:
         stopping.set()
         ids = await inserting
@@ -719,9 +738,11 @@ async def test_caddy(
     assert cookie["name"].startswith("__Host-")
     visitor = visitors(caddy)
     for path in ("/metrics", "/livez", "/readyz", "/%6detrics", "//metrics"):
-        answer = await visitor.get(URL(caddy.url + path, encoded=True))
+        answer = await ask(visitor, "GET", URL(caddy.url + path, encoded=True))
         assert answer.status == 404, path
-    answer = await visitor.post(
+    answer = await ask(
+        visitor,
+        "POST",
         "/demo/session",
         json={"user_id": "alice"},
         headers={"Origin": caddy.url, "X-Forwarded-For": "203.0.113.1"},

@@ -8,12 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from sse_server.embedded import EmbeddedPostgres
 from tests.conftest import ROOT, connect, execute
-from tests.faults.drill import Outcome
 
 # When each transaction committed is asked at the end; a crash is to lose what it can lose.
 OPTIONS = {
@@ -23,7 +23,8 @@ OPTIONS = {
     "wal_writer_delay": "2s",
 }
 
-_outcomes = pytest.StashKey[list[Outcome]]()
+# Under which each run leaves its figures with its test's report.
+PROPERTY = "faults"
 
 
 @pytest.fixture(scope="session")
@@ -64,43 +65,37 @@ def databases(fault_cluster: EmbeddedPostgres) -> Databases:
     return Databases(fault_cluster)
 
 
-@pytest.fixture
-def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
-    """Where each run leaves what became of it."""
-    return request.config.stash.setdefault(_outcomes, [])
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of all runs, each given by `Outcome.figures()`."""
+    found: dict[str, Any] = {"seeds": len(runs)}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        if name == "seed":
+            continue
+        if isinstance(values[0], dict):
+            total: collections.Counter[str] = collections.Counter()
+            for value in values:
+                total.update(value)
+            found[name] = dict(total.most_common())
+        else:
+            found[name] = round(sum(values), 1)
+    found["failed"] = sorted(run["seed"] for run in runs if any(run["problems"].values()))
+    return found
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, object]:
-    """The sum of all runs."""
-    faults: collections.Counter[str] = collections.Counter()
-    problems: collections.Counter[str] = collections.Counter({"missing": 0, "foreign": 0})
-    for outcome in outcomes:
-        faults += outcome.faults
-        for kind, sentences in outcome.problems.found.items():
-            problems[kind] += len(sentences)
-    return {
-        "seeds": len(outcomes),
-        "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
-        "operations": sum(sum(outcome.done.values()) for outcome in outcomes),
-        "faults": dict(faults.most_common()),
-        "clients": sum(outcome.clients for outcome in outcomes),
-        "connections": sum(outcome.connections for outcome in outcomes),
-        "rows": sum(outcome.rows for outcome in outcomes),
-        "deliveries": sum(outcome.deliveries for outcome in outcomes),
-        "repeats": sum(outcome.repeats for outcome in outcomes),
-        "superseded by nobody": sum(outcome.superseded for outcome in outcomes),
-        "problems": dict(problems),
-        "failed": [outcome.plan.seed for outcome in outcomes if outcome.problems],
-    }
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    outcomes = config.stash.get(_outcomes, [])
-    if not outcomes:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # By way of the reports, which come from other processes with pytest-xdist.
+    runs = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+        for name, value in report.user_properties
+        if name == PROPERTY
+    ]
+    if not runs:
         return
-    found = summary(outcomes)
+    found = summary(cast(list[dict[str, Any]], runs))
     terminalreporter.section("faults")
     for name, value in found.items():
         if isinstance(value, dict):

@@ -68,6 +68,24 @@ class Outcome:
         kinds = (*FAULTS, *CLIENT_FAULTS)
         return collections.Counter({kind: n for kind, n in self.done.items() if kind in kinds})
 
+    def figures(self) -> dict[str, Any]:
+        """All that can be counted, as plain values."""
+        problems = {kind: len(sentences) for kind, sentences in self.problems.found.items()}
+        return {
+            "seed": self.plan.seed,
+            "seconds": round(self.seconds, 1),
+            "operations": sum(self.done.values()),
+            "refused": sum(self.failed.values()),
+            "faults": dict(self.faults),
+            "clients": self.clients,
+            "connections": self.connections,
+            "rows": self.rows,
+            "deliveries": self.deliveries,
+            "repeats": self.repeats,
+            "superseded by nobody": self.superseded,
+            "problems": {"missing": 0, "foreign": 0} | problems,
+        }
+
     def __str__(self) -> str:
         return (
             f"seed {self.plan.seed}: {sum(self.done.values())} operations "
@@ -96,6 +114,8 @@ class Drill:
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
         self._crashes: list[float] = []
         self._has_feed_mode = False
+        self._going_on = asyncio.Event()
+        self._going_on.set()
         self._died: dict[int, int] = {}
 
     async def run(self) -> Outcome:
@@ -210,6 +230,7 @@ class Drill:
         tasks = []
         for operation in self.plan.operations:
             await asyncio.sleep(max(0.0, began + operation.at - loop.time()))
+            await self._going_on.wait()
             if operation.kind == "feed_mode" and not self._has_feed_mode:
                 continue
             self.outcome.done[operation.kind] += 1
@@ -286,15 +307,33 @@ class Drill:
         async with self._database_lock:
             await self._sql(self._cluster.restart)
 
-    async def _do_crash(self, seconds: float, rolled_back: int) -> None:
+    async def _do_crash(self, seconds: float) -> None:
         async with self._database_lock:
-            if rolled_back:
-                await self._sql(self._writers.roll_back, self.clients[0].user_id, rolled_back)
-            self._crashes.append(time.time())
-            await self._sql(self._cluster.crash)
-            await asyncio.sleep(seconds)
-            await self._sql(self._cluster.restart)
-            self._crashes.append(time.time())
+            await self._crash(seconds)
+
+    async def _crash(self, seconds: float) -> None:
+        self._crashes.append(time.time())
+        await self._sql(self._cluster.crash)
+        await asyncio.sleep(seconds)
+        await self._sql(self._cluster.restart)
+        self._crashes.append(time.time())
+
+    async def _do_forget(self, transactions: int) -> None:
+        """A crash after which transaction ids are used again that nodes have seen used.
+
+        For that nobody else may commit: it would bring them to the disk.
+        """
+        user = self.clients[0].user_id
+        async with self._database_lock:
+            self._going_on.clear()
+            try:
+                await self._sql(self._writers.roll_back, user, transactions)
+                # Until the nodes have looked; if they have not, nothing is tried by this.
+                await asyncio.sleep(1.2 * float(self.plan.nodes[0]["SSE_PROBE_SECONDS"]))
+                await self._crash(0.0)
+                await self._sql(self._writers.burst, user, 2 * transactions)
+            finally:
+                self._going_on.set()
 
     # Faults of links
 

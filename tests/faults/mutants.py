@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 COPIED = ("sse_server", "static", "tests", "schema.sql", "pyproject.toml", "run.py")
 # Enough to be sure on a busy machine, and not the whole of the suite's patience.
-DEADLINE_SECONDS = "20"
+DEADLINE_SECONDS = "30"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,39 @@ MUTATIONS = (
                 "missed: list[int] = []",
             ),
         ),
+    ),
+    Mutation(
+        "polling until all that began before has ended",
+        (
+            (
+                "sse_server/feed.py",
+                "            self._leaving = True\n",
+                "            self._set_polling(polling=False)\n",
+            ),
+        ),
+        without="unannounced",
+    ),
+    Mutation(
+        "order of commits while polling: payloads are dispatched as they come",
+        (
+            (
+                "sse_server/feed.py",
+                "            self._sweep_at_once = True\n            return\n",
+                "            pass\n",
+            ),
+        ),
+        without="unannounced",
+    ),
+    Mutation(
+        "snapshots that outlive a crash",
+        (
+            (
+                "sse_server/snapshot.py",
+                "        xmax = min(self.xmax, newest + 1)\n",
+                "        xmax = self.xmax\n",
+            ),
+        ),
+        without="unannounced",
     ),
     Mutation(
         "supersede across nodes",

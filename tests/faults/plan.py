@@ -25,7 +25,7 @@ WORK = (
 )
 CLIENT_FAULTS = ("cut", "pause", "switch", "double", "sign_out", "storm")
 NODE_FAULTS = ("kill", "terminate", "freeze")
-DATABASE_FAULTS = ("end_feeds", "end_pool", "restart", "crash")
+DATABASE_FAULTS = ("end_feeds", "end_pool", "restart", "crash", "forget")
 LINK_FAULTS = ("link_delay", "link_stall", "link_loss", "link_reset", "link_refuse")
 FAULTS = (*NODE_FAULTS, *DATABASE_FAULTS, *LINK_FAULTS, "feed_mode")
 
@@ -148,10 +148,8 @@ class _Generator:
             "end_feeds": dict,
             "end_pool": dict,
             "restart": dict,
-            "crash": lambda: {
-                "seconds": self._duration(0.0, 0.6),
-                "rolled_back": self._rng.choice((0, 0, 6)),
-            },
+            "crash": lambda: {"seconds": self._duration(0.0, 0.6)},
+            "forget": lambda: {"transactions": self._rng.randint(2, 8)},
             "link_delay": lambda: {**self._link(), "delay": self._duration(0.02, 0.3)},
             "link_stall": self._link,
             "link_loss": self._link,
@@ -229,7 +227,7 @@ class _Generator:
         present = rng.sample(faults, rng.randint(2, 6))
         # Together about two faults a second, however many kinds there are.
         rates |= {kind: 2.0 / len(present) for kind in present}
-        for kind in ("restart", "crash"):
+        for kind in ("restart", "crash", "forget"):
             if kind in rates:
                 rates[kind] = 0.25
         return {kind: rate * self._intensity for kind, rate in rates.items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Databases
+from tests.faults.conftest import PROPERTY, Databases
 from tests.faults.drill import DEADLINE_SECONDS, Outcome, run
 from tests.faults.plan import Plan, generate
 from tests.faults.shrink import shrink
@@ -42,12 +43,15 @@ def failure(outcome: Outcome) -> str:
 @pytest.mark.timeout(10 * DEADLINE_SECONDS + 2 * SHRINK_SECONDS + 300)
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 def test_nothing_is_lost(
-    seed: int, databases: Databases, outcomes: list[Outcome], tmp_path: Path
+    seed: int,
+    databases: Databases,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Each client ends with exactly what was committed for it, whatever happened."""
     plan = generate(seed, seconds=SECONDS, intensity=INTENSITY).without(WITHOUT)
     outcome = carry_out(plan, databases, tmp_path / "run")
-    outcomes.append(outcome)
+    record_property(PROPERTY, outcome.figures())
     print(outcome, *outcome.remarks, sep="\n")
     if not outcome.problems:
         return

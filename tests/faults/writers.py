@@ -151,6 +151,17 @@ class Writers:
         finally:
             connection.close()
 
+    def burst(self, user: str, count: int) -> None:
+        """So many rows, each committed by itself."""
+        connection = self.connect()
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                for _ in range(count):
+                    cursor.execute(INSERT, (user, "new_message", self._message(user, 30)))
+        finally:
+            connection.close()
+
     def _read(self, connection: Connection, arguments: dict[str, Any]) -> None:
         with connection, connection.cursor() as cursor:
             cursor.execute(

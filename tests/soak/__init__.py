@@ -1,0 +1,1 @@
+"""Hours of coming and going: ``make soak``."""
