@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg2
+import pytest
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import parse_dsn
 
@@ -134,7 +135,7 @@ class Restless:
         def had_the_end() -> bool:
             return any(event.json["message"] == END for event in stream.of("notification"))
 
-        await eventually(lambda: len(stream.of("notification")) >= enough or had_the_end(), 30)
+        await eventually(lambda: len(stream.of("notification")) >= enough or had_the_end(), 120)
         stream.cut()
         await eventually(lambda: stream.closed)
         return had_the_end()
@@ -151,7 +152,7 @@ async def commit_and_reconnect(node: Node, db: Connection, dsn: str) -> dict[str
     tasks = [asyncio.create_task(client.run()) for client in clients.values()]
     writers.start()
     try:
-        await eventually(lambda: not writers.running, 60)
+        await eventually(lambda: not writers.running, 120)
         for user_id in USERS:
             insert(db, user_id, END)
         await asyncio.gather(*tasks)
@@ -194,6 +195,7 @@ def uncovered(received: list[int], rows: dict[int, tuple[int, int]]) -> list[int
     return found
 
 
+@pytest.mark.timeout(300)
 async def test_nothing_is_lost_under_commit_reordering(
     settings: SettingsFactory, db: Connection, dsn: str
 ) -> None:
@@ -207,6 +209,7 @@ async def test_nothing_is_lost_under_commit_reordering(
         assert client.connections > 20
 
 
+@pytest.mark.timeout(300)
 async def test_an_id_as_the_cursor_loses_notifications(
     settings: SettingsFactory,
     db: Connection,

@@ -859,6 +859,32 @@ async def test_a_slow_client_lags_and_catches_up(settings: SettingsFactory, db: 
         assert quick.ids == written
 
 
+async def test_a_replay_waits_for_its_client(
+    settings: SettingsFactory, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is asked for when the client has taken the one before, however much there is."""
+    without_rate_limit(db)
+    [key] = sign_in(db, "alice")
+    ids = insert(db, "alice", *["x" * 1500] * 4000)
+    buffered: list[int] = []
+    async with running(settings(stream_buffer_bytes=16384, replay_page_rows=50)) as node:
+        replay = node.store.replay
+
+        async def watched(positions: Sequence[Position], limit: int) -> list[Page]:
+            buffered.extend(stream.buffered for stream in node.hub)
+            return await replay(positions, limit)
+
+        monkeypatch.setattr(node.store, "replay", watched)
+        stream = await node.open(key, **SLOW)
+        stream.pause()
+        await eventually(lambda: any(stream.buffered > 16384 for stream in node.hub))
+        stream.resume()
+        await eventually(lambda: stream.ready, 30)
+        assert stream.ids == ids
+        assert len(buffered) >= 80
+        assert max(buffered) <= 64 * 1024  # where asyncio starts to hold a writer back
+
+
 async def test_a_client_that_takes_nothing_is_closed(
     settings: SettingsFactory, db: Connection
 ) -> None:

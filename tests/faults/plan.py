@@ -162,7 +162,7 @@ class _Generator:
         common = {
             "SSE_PROBE_SECONDS": rng.choice(("0.2", "0.5", "1")),
             "SSE_QUERY_TIMEOUT": rng.choice(("1", "2")),
-            "SSE_CONNECT_TIMEOUT": "1.5",
+            "SSE_CONNECT_TIMEOUT": "3",
             "SSE_POOL_SIZE": rng.choice(("2", "4")),
             "SSE_HEARTBEAT_SECONDS": "1",
             "SSE_DRAIN_SECONDS": rng.choice(("0.5", "2")),
@@ -186,7 +186,7 @@ class _Generator:
             self._seed,
             tuple(dict(common) for _ in range(self._nodes)),
             tuple(clocks),
-            tuple(rng.choice((0.0, 0.01, 0.03, 0.06)) for _ in range(self._nodes)),
+            tuple(rng.choice((0.0, 0.01, 0.05, 0.15)) for _ in range(self._nodes)),
             self._devices,
             rng.choice(FEED_MODES),
             rate,
