@@ -177,8 +177,12 @@ async def _docs(request: web.Request) -> web.StreamResponse:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     store = app[notifications.STORE]
     supervisor = app[SUPERVISOR]
-    await store.apply_schema()
-    await app[operations.FEED].open()
+    try:
+        await store.apply_schema()
+        await app[operations.FEED].open()
+    except BaseException:
+        await store.database.close()
+        raise
     supervisor.start("feed", app[operations.FEED].run())
     supervisor.start("clock", _clock(app[operations.HUB]))
     supervisor.start("limits", app[LIMITS].run())

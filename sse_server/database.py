@@ -244,21 +244,20 @@ async def _connect_one(
             )
             connection = Connection(await raw, query_timeout)
             if writable and (await connection.fetch("SHOW transaction_read_only"))[0][0] == "on":
-                connection.close()
-                raise DatabaseUnavailable("the database host is read-only")
+                raise DatabaseUnavailable("the database host is read-only")  # noqa: TRY301
             return connection
-    except psycopg2.Error as exc:
-        text = str(exc).strip().splitlines()
-        raise DatabaseUnavailable(text[0] if text else "connecting to the database failed") from exc
-    except TimeoutError as exc:
+    except BaseException as exc:
         if raw is not None:
             raw._close()
-        raise DatabaseUnavailable(
-            f"the database did not accept a connection within {connect_timeout} s"
-        ) from exc
-    except asyncio.CancelledError:
-        if raw is not None:
-            raw._close()
+        if isinstance(exc, TimeoutError):
+            raise DatabaseUnavailable(
+                f"the database did not accept a connection within {connect_timeout} s"
+            ) from exc
+        if isinstance(exc, psycopg2.Error):
+            text = str(exc).strip().splitlines()
+            raise DatabaseUnavailable(
+                text[0] if text else "connecting to the database failed"
+            ) from exc
         raise
 
 

@@ -28,7 +28,7 @@ from sse_server.events import Closing, Notification
 from sse_server.hub import Hub
 from sse_server.metrics import Metrics
 from sse_server.snapshot import NOTHING, Snapshot
-from sse_server.store import Store
+from sse_server.store import Newest, Store
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,9 @@ class Feed:
         self._probe_seconds = probe_seconds
         self._fetch_rows = fetch_rows
         self._connection: Connection | None = None
+        # That of the last sweep, and the newest row then.
         self._snapshot = NOTHING
+        self._newest: Newest | None = None
         self._turn_started = 0.0
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "read": self._on_read,
@@ -131,7 +133,8 @@ class Feed:
         """
         connection = await self._store.database.connect("sse-server feed")
         try:
-            self._snapshot = await self._store.feed_start(connection)
+            start = await self._store.feed_start(connection)
+            self._snapshot, self._newest = start.snapshot, start.newest
             await self._resume_mode(connection)
         except BaseException:
             connection.close()
@@ -176,13 +179,13 @@ class Feed:
         connection = await self._store.database.connect("sse-server feed")
         try:
             # LISTEN first, then look: what commits in between is announced and swept.
-            current = await self._store.feed_start(connection)
-            if current.xmax < self._snapshot.xmax:
-                # The counter went backwards: another cluster, restored from a dump. What the
-                # streams know of transactions means nothing there.
-                logger.warning("feed: the database is another cluster now, replaying all streams")
-                self._snapshot = current
-                self._hub.advance(current)
+            start = await self._store.feed_start(connection, self._newest)
+            if self._newest is not None and not start.same:
+                # Restored from a dump, or a standby that had not got all: there the transactions
+                # that the streams know of are others. (Or retention has deleted that row.)
+                logger.warning("feed: the database is another one now, replaying all streams")
+                self._snapshot, self._newest = start.snapshot, start.newest
+                self._hub.advance(self._snapshot)
                 self._hub.lag_all()
             await self._resume_mode(connection)
             await self._sweep(connection)
@@ -346,8 +349,10 @@ class Feed:
                 break
             last_id, _, last_xact = page.rows[-1]
             after = (last_xact, last_id)
-        self._snapshot = snapshot
-        self._hub.advance(snapshot)
+        self._newest = page.newest
+        # Only as far as a crash of the database cannot make it untrue.
+        self._snapshot = snapshot.lasting(0 if page.newest is None else page.newest.xact)
+        self._hub.advance(self._snapshot)
         if self._leaving:
             if self._left is None:
                 self._left = snapshot

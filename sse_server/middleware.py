@@ -119,7 +119,10 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.force_close()
         return response
     except ConnectionError:
-        raise  # the client has gone
+        if request.transport is not None:
+            raise
+        # The client has gone, which is no failure. What is answered goes nowhere.
+        return web.Response()
     except Exception:
         logger.exception("%s %s failed", request.method, request.path)
         return problem(ServiceError())

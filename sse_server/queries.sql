@@ -115,7 +115,9 @@ WITH q AS MATERIALIZED (
            CASE WHEN w.counted THEN (
                SELECT count(*)
                  FROM notifications WHERE user_id = w.user_id AND read_at IS NULL)
-           END AS unread_count
+           END AS unread_count,
+           coalesce((SELECT xact::text::bigint FROM notifications ORDER BY xact DESC LIMIT 1),
+                    0) AS newest
       FROM unnest(%(n)s::int[], %(user_ids)s::text[], %(cursors)s::bigint[],
                   %(bases)s::text[], %(snapshots)s::text[], %(after_ids)s::bigint[],
                   %(counted)s::boolean[])
@@ -124,7 +126,7 @@ WITH q AS MATERIALIZED (
 )
 SELECT q.n, q.known, q.snapshot::text, q.unread_count,
        r.id, r.event_type, r.message, r.link,
-       floor(extract(epoch FROM r.created_at) * 1000)::bigint, r.xact::text::bigint
+       floor(extract(epoch FROM r.created_at) * 1000)::bigint, r.xact::text::bigint, q.newest
   FROM q
   LEFT JOIN LATERAL (
        SELECT id, event_type, message, link, created_at, xact
@@ -147,7 +149,12 @@ SELECT u.user_id, count(n.id)
 -- Feed --------------------------------------------------------------------------------------------
 
 -- name: feed_start
-SELECT channel, reset_foreign_xacts() IS NULL, pg_current_snapshot()::text FROM settings
+SELECT s.channel, reset_foreign_xacts() IS NULL, pg_current_snapshot()::text,
+       n.id, n.xact::text::bigint,
+       EXISTS (SELECT FROM notifications
+                WHERE id = %(id)s AND xact = %(xact)s::bigint::text::xid8)
+  FROM settings s
+  LEFT JOIN (SELECT id, xact FROM notifications ORDER BY xact DESC, id DESC LIMIT 1) AS n ON true
 
 -- name: feed_mode
 SELECT feed_mode, polling_until > clock_timestamp() FROM settings
@@ -176,9 +183,12 @@ SELECT pg_notify(lease.channel, '{"t":"mode","polls":false}') FROM lease
 -- then, and of later ones. In the order of transactions, so that no row comes before one that it
 -- covers (a row's horizon is never above its own transaction). One snapshot for all pages.
 -- name: feed_sweep
-SELECT q.snapshot::text, n.id, n.user_id, n.xact::text::bigint
+SELECT q.snapshot::text, n.id, n.user_id, n.xact::text::bigint,
+       newest.id, newest.xact::text::bigint
   FROM (SELECT coalesce(%(snapshot)s::pg_snapshot, pg_current_snapshot()) AS snapshot,
                %(base)s::pg_snapshot AS base) AS q
+  LEFT JOIN (SELECT id, xact FROM notifications ORDER BY xact DESC, id DESC LIMIT 1)
+            AS newest ON true
   LEFT JOIN LATERAL (
        (SELECT id, user_id, xact
           FROM notifications

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Of each 2**32 transaction ids PostgreSQL leaves the first three out (transam.h).
+_EPOCH = 2**32
+_FIRST_XID = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -31,6 +35,25 @@ class Snapshot:
         object.__setattr__(self, "xmin", int(xmin))
         object.__setattr__(self, "xmax", int(xmax))
         object.__setattr__(self, "xip", frozenset(map(int, xip.split(","))) if xip else frozenset())
+
+    def lasting(self, newest: int) -> Snapshot:
+        """The same, as far as it outlives a crash of the database.
+
+        Transaction ids are handed out in memory. Those of which nothing had reached the disk (they
+        were rolled back, say) are handed out again after a crash, to transactions that this
+        snapshot does not show, whatever it says. Up to the newest row that it shows, all is on the
+        disk.
+
+        Args:
+            newest: The greatest xact of the rows that it shows; 0 if there are none.
+        """
+        xmax = newest + 1
+        if xmax % _EPOCH == 0:
+            xmax += _FIRST_XID  # PostgreSQL gives no such id, nor takes one
+        if xmax >= self.xmax:
+            return self
+        running = ",".join(str(xact) for xact in sorted(self.xip) if xact < xmax)
+        return Snapshot(f"{min(self.xmin, xmax)}:{xmax}:{running}")
 
     def covers(self, xact: int) -> bool:
         """Whether rows of this transaction are in what the snapshot shows."""

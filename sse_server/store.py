@@ -90,11 +90,35 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Newest:
+    """The row with the greatest xact that could be seen. `None` instead: there was no row."""
+
+    id: int
+    xact: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a feed finds when it starts to listen.
+
+    Attributes:
+        snapshot: Every row that it does not show will be announced.
+        newest: The row with the greatest xact that it shows.
+        same: Whether the row that was asked for is still there.
+    """
+
+    snapshot: Snapshot
+    newest: Newest | None
+    same: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """One page of a sweep: (id, user_id, xact) of each row, oldest transaction first."""
 
     snapshot: Snapshot
     rows: list[tuple[int, str, int]]
+    newest: Newest | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +361,7 @@ class Store:
             grouped[row[0]].append(row)
         pages = []
         for position, group in zip(positions, grouped, strict=True):
-            _, known, snapshot, unread_count, first_id, *_ = group[0]
+            _, known, snapshot, unread_count, first_id, *_, newest_xact = group[0]
             notifications = (
                 []
                 if first_id is None
@@ -357,7 +381,7 @@ class Store:
                     known,
                     position.snapshot
                     if position.snapshot is not None and position.snapshot.text == snapshot
-                    else Snapshot(snapshot),
+                    else Snapshot(snapshot).lasting(newest_xact),
                     unread_count,
                     notifications,
                     len(notifications) >= limit,
@@ -373,15 +397,21 @@ class Store:
 
     # Feed (on the feed's own connection)
 
-    async def feed_start(self, connection: Connection) -> Snapshot:
+    async def feed_start(self, connection: Connection, newest: Newest | None = None) -> Start:
         """LISTEN, and set back rows that were restored from another cluster.
 
-        Returns: A snapshot taken after that: every row that it does not show will be announced.
+        Args:
+            connection: The feed's own.
+            newest: A row to look for, the newest that was seen over an earlier connection.
         """
-        channel = (await connection.fetch(self._q["feed_start"]))[0][0]
+        query = self._q["feed_start"]
+        looked_for = {"id": newest and newest.id, "xact": newest and newest.xact}
+        channel = (await connection.fetch(query, looked_for))[0][0]
         await connection.fetch(f'LISTEN "{channel}"')
-        row = (await connection.fetch(self._q["feed_start"]))[0]
-        return Snapshot(row[2])
+        # Looked at again: what commits from LISTEN on is announced.
+        _, _, snapshot, id, xact, same = (await connection.fetch(query, looked_for))[0]
+        found = None if id is None else Newest(id, xact)
+        return Start(Snapshot(snapshot).lasting(xact or 0), found, same)
 
     async def feed_mode(self, connection: Connection) -> tuple[str, bool]:
         """Returns: ``settings.feed_mode``, and whether feeds are to poll now."""
@@ -417,7 +447,8 @@ class Store:
             },
         )
         found = [(row[1], row[2], row[3]) for row in rows if row[1] is not None]
-        return Sweep(snapshot or Snapshot(rows[0][0]), found)
+        newest = None if rows[0][4] is None else Newest(rows[0][4], rows[0][5])
+        return Sweep(snapshot or Snapshot(rows[0][0]), found, newest)
 
     async def notifications_by_id(
         self, ids: Iterable[int], *, connection: Connection | None = None

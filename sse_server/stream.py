@@ -60,6 +60,8 @@ class EventStream(EventSourceResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if not self.prepared:
+            if request.transport is None:
+                raise ConnectionResetError("the client left before its stream was opened")
             self._set_tcp_user_timeout(request)
         # Not super(): that is where the task is started.
         return await web.StreamResponse.prepare(self, request)

@@ -201,15 +201,15 @@ class Clients:
     """Opens streams, and cuts those that are left at the end."""
 
     def __init__(self) -> None:
-        self._streams: list[RawStream] = []
+        self.streams: list[RawStream] = []
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for stream in self._streams:
+        for stream in self.streams:
             stream.cut()
-        await eventually(lambda: all(stream.closed for stream in self._streams))
+        await eventually(lambda: all(stream.closed for stream in self.streams))
 
     async def open(
         self,
@@ -247,7 +247,7 @@ class Clients:
         except BaseException:
             sock.close()
             raise
-        self._streams.append(stream)
+        self.streams.append(stream)
         await eventually(lambda: stream.status or stream.closed, 30)
         return stream
 

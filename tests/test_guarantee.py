@@ -16,7 +16,8 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import parse_dsn
 
 from sse_server.embedded import EmbeddedPostgres
-from tests.conftest import SettingsFactory, connect, eventually, execute
+from sse_server.snapshot import Snapshot
+from tests.conftest import ROOT, SettingsFactory, connect, eventually, execute
 from tests.streaming import (
     Node,
     Proxy,
@@ -343,3 +344,107 @@ async def test_streams_survive_a_restore_into_another_cluster(
         restored.close()
     finally:
         await asyncio.to_thread(fresh.stop)
+
+
+def transaction_id(db: Connection) -> int:
+    [(xact,)] = query(db, "SELECT pg_current_xact_id()::text::bigint")
+    return int(xact)
+
+
+@pytest.mark.timeout(180)
+async def test_ids_that_a_crash_forgets_may_be_used_again(
+    settings: SettingsFactory, public_dir: Path
+) -> None:
+    """Transactions that left nothing on the disk give their ids to others after a crash; a feed
+    and streams that have seen them used still get the rows of those others."""
+    options = {"fsync": "off", "wal_writer_delay": "10s"}
+    postgres = EmbeddedPostgres(public_dir / "forgetful", options=options)
+    try:
+        dsn = await asyncio.to_thread(postgres.start)
+        execute(dsn, (ROOT / "schema.sql").read_text(encoding="utf-8"))
+        async with Proxy("{host}/.s.PGSQL.{port}".format(**parse_dsn(dsn))) as proxy:
+            url = f"postgresql://postgres@127.0.0.1:{proxy.port}/sse"
+            async with running(settings(database_url=url, probe_seconds=0.05)) as node:
+                db = connect(dsn)
+                without_rate_limit(db)
+                [key] = sign_in(db, "alice")
+                stream = await node.open_live(key)
+                insert(db, "alice", "before")
+                db.autocommit = False
+                forgotten = 0
+                for _ in range(6):
+                    insert(db, "alice", "never")
+                    forgotten = transaction_id(db)
+                    db.rollback()
+                db.autocommit = True
+                sweeps = 0
+                advance = node.hub.advance
+
+                def counted(snapshot: Snapshot) -> None:
+                    nonlocal sweeps
+                    sweeps += 1
+                    advance(snapshot)
+
+                node.hub.advance = counted  # type: ignore[method-assign]
+                await eventually(lambda: sweeps >= 2)  # the second began after the last rollback
+                await proxy.refuse()
+                await asyncio.to_thread(postgres.crash)
+                await asyncio.to_thread(postgres.restart)
+                db.close()
+                db = connect(dsn)
+                ids = [insert(db, "alice", f"after {n}")[0] for n in range(10)]
+                [(first,)] = query(
+                    db, "SELECT xact::text::bigint FROM notifications WHERE id = %s", ids[0]
+                )
+                assert first <= forgotten, "no id has been used again: this tests nothing"
+                await proxy.accept()
+                await eventually(lambda: set(ids) <= set(stream.ids), 60)
+                db.close()
+    finally:
+        await asyncio.to_thread(postgres.stop)
+
+
+@pytest.mark.timeout(180)
+async def test_streams_survive_a_failover_that_lost_rows(
+    settings: SettingsFactory, public_dir: Path
+) -> None:
+    """A standby that had not got everything gives the ids of lost transactions to others. What it
+    has lost is lost; streams that stay open get everything that it commits."""
+    primary = EmbeddedPostgres(public_dir / "primary", options={"fsync": "off"})
+    standby = EmbeddedPostgres(public_dir / "standby", options={"fsync": "off"})
+    try:
+        dsn = await asyncio.to_thread(primary.start)
+        execute(dsn, (ROOT / "schema.sql").read_text(encoding="utf-8"))
+        db = connect(dsn)
+        without_rate_limit(db)
+        [key] = sign_in(db, "alice")
+        insert(db, "alice", "on both")
+        db.close()
+        await asyncio.to_thread(primary.stop)
+        # What a standby is that was cut off here; cp keeps the owners, whoever runs this.
+        copy = ["cp", "-a", str(public_dir / "primary"), str(public_dir / "standby")]
+        await asyncio.to_thread(subprocess.run, copy, check=True)
+        dsn = await asyncio.to_thread(primary.start)
+        standby_dsn = await asyncio.to_thread(standby.start)
+        paths = ["{host}/.s.PGSQL.{port}".format(**parse_dsn(each)) for each in (dsn, standby_dsn)]
+        async with Proxy(paths[0]) as proxy:
+            url = f"postgresql://postgres@127.0.0.1:{proxy.port}/sse"
+            async with running(settings(database_url=url, probe_seconds=0.05)) as node:
+                stream = await node.open_live(key)
+                db = connect(dsn)
+                lost = [insert(db, "alice", f"lost {n}")[0] for n in range(5)]
+                await eventually(lambda: set(lost) <= set(stream.ids))
+                await eventually(lambda: node.hub.snapshot.covers(counter(db) - 1))
+                await proxy.refuse()
+                db.close()
+                db = connect(standby_dsn)
+                query(db, "SELECT setval('notifications_id_seq', 1000)")  # else ids are used again
+                new = [insert(db, "alice", f"new {n}")[0] for n in range(10)]
+                db.close()
+                proxy.lead_to(paths[1])
+                await proxy.accept()
+                await eventually(lambda: set(new) <= set(stream.ids), 60)
+                assert not stream.closed
+    finally:
+        await asyncio.to_thread(primary.stop)
+        await asyncio.to_thread(standby.stop)

@@ -394,7 +394,7 @@ async def test_every_version(any_version: str) -> None:
 async def _smoke(
     store: Store, db: Connection, listener: Listener, connection: DatabaseConnection
 ) -> None:
-    before = await store.feed_start(connection)
+    before = (await store.feed_start(connection)).snapshot
 
     # Notifications
     created = await store.publish(

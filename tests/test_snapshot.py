@@ -64,3 +64,20 @@ def test_nonsense(text: str) -> None:
     """What is no snapshot is refused at once."""
     with pytest.raises(ValueError):
         Snapshot(text)
+
+
+@pytest.mark.parametrize(
+    "text, newest, lasting",
+    [
+        ("10:20:10,15", 0, "1:1:"),
+        ("10:20:10,15", 9, "10:10:"),
+        ("10:20:10,15", 12, "10:13:10"),
+        ("10:20:10,15", 19, "10:20:10,15"),
+        ("10:20:10,15", 25, "10:20:10,15"),
+        (f"10:{2**32 + 9}:", 2**32 - 1, f"10:{2**32 + 3}:"),
+    ],
+)
+def test_lasting(db: Connection, text: str, newest: int, lasting: str) -> None:
+    """Up to the newest row a snapshot outlives a crash; PostgreSQL can read what is left of it."""
+    assert Snapshot(text).lasting(newest).text == lasting
+    assert fetch(db, "SELECT CAST(%s AS pg_snapshot)::text", lasting) == [(lasting,)]

@@ -271,7 +271,7 @@ async def test_restored_rows(store: Store, feed: DatabaseConnection, db: Connect
         *horizon[0] * 2,
     )
     ((first,), (second,)) = fetch(db, "SELECT id FROM notifications ORDER BY id")
-    snapshot = await store.feed_start(feed)
+    snapshot = (await store.feed_start(feed)).snapshot
     assert fetch(db, "SELECT DISTINCT xact::text, horizon::text FROM notifications") == [("3", "3")]
     assert snapshot.covers(3)
     (new,) = insert(db)
@@ -316,7 +316,7 @@ async def test_any_order_of_commits(
     """In whatever order transactions end, passes and sweeps find each row exactly once, and a
     client that comes back with any id it has received finds all that it has not."""
     user_id = secrets.token_hex(8)
-    base = swept = await store.feed_start(feed)
+    base = swept = (await store.feed_start(feed)).snapshot
     passes: list[int] = []
     sweeps: list[int] = []
 
@@ -379,7 +379,7 @@ async def test_sweep(
     open_then = writers[0].insert("ada", 2)
     never = writers[1].insert("bob")
     insert(db)
-    base = await store.feed_start(feed)
+    base = (await store.feed_start(feed)).snapshot
     assert len(base.xip) == 2
     new = insert(db, "eve", 3)
     still_open = writers[2].insert("zoe")
@@ -401,7 +401,7 @@ async def test_sweep_in_the_order_of_transactions(
     """No row is found before one that it covers."""
     writers[0].insert()
     writers[1].insert()
-    base = await store.feed_start(feed)
+    base = (await store.feed_start(feed)).snapshot
     second = writers[1].insert()
     first = writers[0].insert()
     writers[1].commit()

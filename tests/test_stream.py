@@ -15,6 +15,7 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import parse_dsn
 
 from sse_server import feed as feed_module
+from sse_server.errors import DatabaseUnavailable
 from sse_server.events import MAX_ID, Notification
 from sse_server.hub import Stream
 from sse_server.sanitize import plain_text
@@ -823,6 +824,36 @@ async def test_a_client_that_leaves_during_its_replay_frees_everything(
         assert hooks.reached["before page"] <= 3
         assert node.count("sse_streams_closed_total", reason="gone") == 1
     assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["served", "turned away"])
+async def test_a_client_that_leaves_before_the_head_is_no_failure(
+    settings: SettingsFactory,
+    db: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ended: bool,
+) -> None:
+    """Who leaves while the first page is read leaves nothing behind, no error in the log either."""
+    [key] = sign_in(db, "alice")
+    async with running(settings()) as node:
+        hooks = Hooks(node, monkeypatch)
+
+        async def leave() -> None:
+            node.clients.streams[-1].cut()
+            server = node.runner.server
+            assert server is not None
+            await eventually(lambda: [c.transport for c in server.connections] == [None])
+            if ended:
+                raise DatabaseUnavailable("away")
+
+        hooks.at("before page", 1, leave)
+        stream = await node.open(key)
+        assert stream.closed
+        assert not stream.status
+        await eventually(lambda: hooks.reached.get("before page") == 1)
+        await eventually(lambda: len(node.hub) == 0)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # Slow clients
