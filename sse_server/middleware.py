@@ -119,7 +119,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.force_close()
         return response
     except ConnectionError:
-        if request.transport is not None:
+        if request.transport is not None and not request.transport.is_closing():
             raise
         # The client has gone, which is no failure. What is answered goes nowhere.
         return web.Response()
