@@ -1,0 +1,65 @@
+"""What all commands have in common: exit statuses, logging, the database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import click
+
+from sse_server import audit
+from sse_server.config import Settings, load
+from sse_server.database import Database
+from sse_server.embedded import EmbeddedPostgres, default_data_dir
+from sse_server.errors import ConfigurationError, DatabaseError
+from sse_server.store import Store
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+# Exit statuses
+EXIT_FAILED = 1
+EXIT_MISCONFIGURED = 2
+
+
+def on_database(options: dict[str, Any], work: Callable[[Store], Awaitable[None]]) -> None:
+    """Do something with the database that the server uses, whether it is running or not."""
+    postgres: EmbeddedPostgres | None = None
+    try:
+        settings = load(**options)
+        logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+        audit.logger.setLevel(logging.INFO)
+        if settings.database_url is not None:
+            dsn = settings.database_url.get_secret_value()
+        else:
+            postgres = EmbeddedPostgres(settings.data_dir or default_data_dir())
+            dsn = postgres.attach() or postgres.start()
+        asyncio.run(_with_store(settings, dsn, work))
+    except ConfigurationError as exc:
+        click.echo(f"sse-server: {exc}", err=True)
+        sys.exit(EXIT_MISCONFIGURED)
+    except DatabaseError as exc:
+        click.echo(f"sse-server: The database cannot be used: {exc}.", err=True)
+        sys.exit(EXIT_MISCONFIGURED)
+    finally:
+        if postgres is not None:
+            postgres.stop()
+
+
+async def _with_store(
+    settings: Settings, dsn: str, work: Callable[[Store], Awaitable[None]]
+) -> None:
+    database = Database(
+        dsn,
+        size=1,
+        connect_timeout=settings.connect_timeout,
+        query_timeout=settings.query_timeout,
+    )
+    try:
+        store = Store(database)
+        await store.apply_schema()
+        await work(store)
+    finally:
+        await database.close()
