@@ -13,6 +13,7 @@ import logging
 import resource
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -92,6 +93,23 @@ class Connection(web.RequestHandler):
             with contextlib.suppress(OSError):  # it has gone already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._start_head_timer()
+
+    def hand_over(self, protocol: asyncio.Protocol) -> Callable[[], None]:
+        """Give the socket to another protocol, once the head of a response has been written.
+
+        aiohttp is told that the connection is lost, and drops all that it keeps for it. The handler
+        that is running goes on to its end; what it returns goes nowhere.
+
+        Returns: What is to be called when the connection has really ended.
+        """
+        transport = self.transport
+        assert transport is not None
+        transport.set_protocol(protocol)
+        # Or aiohttp would close it. tests/test_wire.py fails if it does something else with it.
+        self.transport = None
+        self._stop_head_timer()
+        super().connection_lost(None)
+        return self._site.closed
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._site.closed()

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from sse_server import events
 from sse_server.events import Closing, Notification
@@ -21,6 +22,13 @@ from sse_server.snapshot import NOTHING, Snapshot
 
 # Short enough that a stream ends well within a second of its session.
 TICKS_PER_SECOND = 4
+
+
+class Keeper(Protocol):
+    """Sees to a stream for which no handler waits."""
+
+    def wake(self) -> None:
+        """The stream is closing, or has to replay."""
 
 
 class Stream:
@@ -32,6 +40,7 @@ class Stream:
         "deadline",
         "deadline_reason",
         "dirty",
+        "keeper",
         "live",
         "number",
         "opened_at",
@@ -65,6 +74,8 @@ class Stream:
         # Ids (with xact) that were sent and may yet be announced, or found by this replay.
         self.seen: dict[int, int] | None = None
         self.waker: asyncio.Future[None] | None = None
+        # Who sees to it when no handler waits; see wire.py.
+        self.keeper: Keeper | None = None
         # Tick of the hub's clock at which it has to end, and why.
         self.deadline = 0
         self.deadline_reason = Closing.MAX_AGE
@@ -90,9 +101,11 @@ class Stream:
         return self.closing is not None
 
     def wake(self) -> None:
-        """Wake the handler, if it waits."""
+        """Wake whoever waits for the stream, or is to see to it."""
         if self.waker is not None and not self.waker.done():
             self.waker.set_result(None)
+        if self.keeper is not None:
+            self.keeper.wake()
 
     def waiter(self) -> asyncio.Future[None]:
         """What the handler waits for: done when the stream is closing or has to replay."""

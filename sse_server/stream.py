@@ -8,10 +8,11 @@ If its client is slow it falls back to replaying. It holds no database connectio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from aiohttp import hdrs, web
@@ -33,7 +34,8 @@ from sse_server.limits import LIMITS, network
 from sse_server.metrics import Metrics
 from sse_server.sessions import STORAGE
 from sse_server.store import Page, Position, Store
-from sse_server.tasks import Batcher
+from sse_server.tasks import Batcher, cancel_and_wait
+from sse_server.wire import FINISH_SECONDS, ResponseWire, SocketWire, Wire, socket_transport
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,6 @@ REPLAY_BATCH = 50
 
 # As are the sessions of this many.
 CHECK_BATCH = 200
-
-# Longest that the end of a stream may wait for a client that does not read.
-FINISH_SECONDS = 3.0
 
 # Pause between tries of a stream that replays while the database is away.
 RETRY_SECONDS = (0.5, 2.0)
@@ -56,7 +55,17 @@ class EventStream(EventSourceResponse):
     """aiohttp-sse's response without its ping task: one timer serves all streams here.
 
     Its ``send_timeout`` stays (``TCP_USER_TIMEOUT``): it finds dead peers.
+
+    Attributes:
+        handed_over: The connection is no more aiohttp's; nothing is written by it, not even the
+            end.
     """
+
+    handed_over = False
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if not self.handed_over:
+            await super().write_eof(data)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if not self.prepared:
@@ -90,6 +99,10 @@ class Streams:
         self._buffer_bytes = buffer_bytes
         self._slow_seconds = slow_seconds
         self._send_timeout = send_timeout
+        # Of streams that were handed over and replay.
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Set when the last stream has gone; only looked for when draining.
+        self._empty: asyncio.Event | None = None
         self._pages: Batcher[Position, Page] = Batcher(
             "replay", self._replay_batch, size=REPLAY_BATCH, concurrency=3
         )
@@ -139,18 +152,26 @@ class Streams:
         refused = self._hub.register(stream, claim.seconds_left)
         if refused is not None:
             return await self._turn_away(request, refused)
+        handed_over = False
         try:
-            return await self._serve(request, stream, asked)
+            response, handed_over = await self._serve(request, stream, asked)
+            return response
         finally:
-            self._hub.unregister(stream)
-            logger.info(
-                "stream %d/%d closed: %s, %d sent in %.1f s",
-                stream.session_id,
-                stream.number,
-                stream.closing,
-                stream.sent,
-                time.monotonic() - stream.opened_at,
-            )
+            if not handed_over:
+                self._ended(stream)
+
+    def _ended(self, stream: Stream) -> None:
+        self._hub.unregister(stream)
+        logger.info(
+            "stream %d/%d closed: %s, %d sent in %.1f s",
+            stream.session_id,
+            stream.number,
+            stream.closing,
+            stream.sent,
+            time.monotonic() - stream.opened_at,
+        )
+        if self._empty is not None and not len(self._hub):
+            self._empty.set()
 
     async def _turn_away(self, request: web.Request, reason: Closing) -> web.StreamResponse:
         self._metrics.turned_away.labels(reason.value).inc()
@@ -173,7 +194,8 @@ class Streams:
 
     async def _serve(
         self, request: web.Request, stream: Stream, asked: Cursor
-    ) -> web.StreamResponse:
+    ) -> tuple[web.StreamResponse, bool]:
+        """Returns: The response, and whether the stream goes on without its handler."""
         # Asked for before the head is sent: without a database there is nothing to stream.
         first = Position(stream.user_id, cursor=asked.id)
         try:
@@ -182,7 +204,7 @@ class Streams:
             )
         except DatabaseError:
             self._hub.close(stream, Closing.UNAVAILABLE)
-            return await self._turn_away(request, Closing.UNAVAILABLE)
+            return await self._turn_away(request, Closing.UNAVAILABLE), False
         # The session may have ended, or opened another stream elsewhere, between the claim and
         # register(): announced while the hub did not know this stream, and never again.
         if session is None:
@@ -195,10 +217,7 @@ class Streams:
         stream.plain = request.version < (1, 1)
         writer = await response.prepare(request)
         assert writer is not None
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the client left while its stream was opened")
-        stream.transport = transport
+        stream.transport = socket_transport(request)
         if stream.closing is not None:
             # While there was no transport yet; its last event could not be written.
             reason, stream.closing = stream.closing, None
@@ -210,28 +229,67 @@ class Streams:
         elif asked.id is not None and stream.seen is not None:
             # The client has it, so the replay leaves it out; it may yet be announced.
             stream.seen[asked.id] = page.snapshot.xmax - 1
+        socket = SocketWire.take_over(request, stream, self)
+        if socket is not None:
+            response.handed_over = True
+            self._start(self._keep(socket, first, page))
+            return response, True
+        wire = ResponseWire(response, writer)
         try:
-            await self._run(stream, writer, first, page)
+            await self._run(stream, wire, first, page)
         except ConnectionError:
             self._hub.close(stream, Closing.GONE)
-        await self._finish(response, stream)
-        return response
+        await wire.finish(stream)
+        return response, False
 
-    async def _run(
-        self, stream: Stream, writer: AbstractStreamWriter, first: Position, page: Page
-    ) -> None:
+    # A stream that was handed over
+
+    def _start(self, keeping: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(keeping, name="stream")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def resume(self, wire: SocketWire) -> None:
+        self._start(self._keep(wire, None, None))
+
+    async def _keep(self, wire: SocketWire, position: Position | None, page: Page | None) -> None:
+        """See to a stream until it is live or has ended."""
+        stream = wire.stream
+        try:
+            if page is not None or await self._drained(stream, wire):
+                await self._replay(stream, wire, position, page)
+        except ConnectionError:
+            self._hub.close(stream, Closing.GONE)
+        except Exception:
+            logger.exception("stream %d/%d failed", stream.session_id, stream.number)
+            wire.abort()
+        # From go_live() to here there is no await: nothing could wake it in between.
+        wire.busy = False
+        stream.waker = None
+        if stream.ended:
+            wire.finish()
+
+    def lost(self, wire: SocketWire) -> None:
+        self._hub.close(wire.stream, Closing.GONE)
+        self._ended(wire.stream)
+
+    # A stream whose handler waits
+
+    async def _run(self, stream: Stream, wire: Wire, first: Position, page: Page) -> None:
         """Replay, be live, replay again when lagging, until the stream is closing."""
-        await self._replay(stream, writer, first, page)
+        await self._replay(stream, wire, first, page)
         while not stream.ended:
             if stream.live:
                 await stream.waiter()
-            elif await self._drained(stream, writer):
-                await self._replay(stream, writer, None, None)
+            elif await self._drained(stream, wire):
+                await self._replay(stream, wire, None, None)
+
+    # Both
 
     async def _replay(
         self,
         stream: Stream,
-        writer: AbstractStreamWriter,
+        wire: Wire,
         position: Position | None,
         page: Page | None,
     ) -> None:
@@ -242,7 +300,7 @@ class Streams:
                 stream.dirty = False
                 position = Position(stream.user_id, base=stream.base)
             base = stream.base
-            unread_count = await self._pass(stream, writer, position, page)
+            unread_count = await self._pass(stream, wire, position, page)
             # From here to go_live() there is no await: what is announced before makes it dirty,
             # what is announced after is written.
             if stream.base is base:
@@ -255,7 +313,7 @@ class Streams:
                 return
 
     async def _pass(
-        self, stream: Stream, writer: AbstractStreamWriter, position: Position, page: Page | None
+        self, stream: Stream, wire: Wire, position: Position, page: Page | None
     ) -> int | None:
         """Write all that one snapshot shows, page by page.
 
@@ -274,7 +332,7 @@ class Streams:
             self._metrics.replayed.inc(len(page.notifications))
             # Nobody's replay may fill the memory.
             if page.full or stream.buffered > self._buffer_bytes:
-                await self._drained(stream, writer)
+                await self._drained(stream, wire)
             if not page.full:
                 return page.unread_count
             page = None
@@ -303,30 +361,17 @@ class Streams:
         finally:
             future.cancel()
 
-    async def _drained(self, stream: Stream, writer: AbstractStreamWriter) -> bool:
+    async def _drained(self, stream: Stream, wire: Wire) -> bool:
         """Wait until the client has taken most of what is buffered; False if it never does."""
         try:
             async with asyncio.timeout(self._slow_seconds):
-                await self._unless_closing(stream, writer.drain())
+                await self._unless_closing(stream, wire.drain())
         except TimeoutError:
             self._hub.close(stream, Closing.SLOW)
         # drain() returns at once when the connection is lost: nobody is left to replay for.
         if stream.transport is None or stream.transport.is_closing():
             self._hub.close(stream, Closing.GONE)
         return not stream.ended
-
-    async def _finish(self, response: EventStream, stream: Stream) -> None:
-        """End the body properly, unless the client does not even take that."""
-        response.force_close()
-        transport = stream.transport
-        try:
-            async with asyncio.timeout(FINISH_SECONDS):
-                await response.write_eof()
-        except TimeoutError:
-            if transport is not None:
-                transport.abort()
-        except ConnectionError:
-            pass  # gone, and nobody is left to be told
 
     async def drain(self, seconds: float) -> None:
         """End all streams within `seconds`, spread out so that they do not come back all at once.
@@ -344,8 +389,14 @@ class Streams:
             if (wait := due - time.monotonic()) > 0.01:
                 await asyncio.sleep(wait)
             self._hub.close(stream, Closing.SHUTDOWN)
+        # aiohttp waits for its handlers, and knows nothing of those that were handed over.
+        if len(self._hub):
+            self._empty = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), FINISH_SECONDS + 1)
 
     async def close(self) -> None:
+        await cancel_and_wait(*self._tasks)
         await self._pages.close()
         await self._sessions.close()
 

@@ -23,6 +23,7 @@ from sse_server.api import operations
 from sse_server.api.notifications import STORE
 from sse_server.app import create_app
 from sse_server.config import Settings
+from sse_server.connections import Limits, Site
 from sse_server.feed import Feed
 from sse_server.hub import Hub
 from sse_server.metrics import Metrics
@@ -306,19 +307,25 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Node]:
+async def running(settings: Settings, *, hand_over: bool = True) -> AsyncIterator[Node]:
     """Run a server as ``cli`` does, above all without the test client's handler_cancellation.
 
     Its feed has got over the first moments, in which it sweeps often because it does not know yet
     whether everybody notifies.
+
+    Args:
+        settings: Of the server.
+        hand_over: False has aiohttp go on to serve each stream, as it does with TLS.
     """
     app = create_app(settings)
-    runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=settings.drain_seconds, keepalive_timeout=75.0
-    )
+    runner = web.AppRunner(app, shutdown_timeout=settings.drain_seconds)
     try:
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
+        if hand_over:
+            site: web.BaseSite = Site(runner, "127.0.0.1", 0, limits=Limits.of(settings))
+        else:
+            site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
+        await site.start()
         node = Node(app, runner, runner.addresses[0][1])
         async with node.clients:
             await eventually(lambda: not node.feed._polling)
