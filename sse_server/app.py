@@ -72,7 +72,10 @@ def create_app(settings: Settings) -> web.Application:
     store = Store(database, link_hosts=settings.link_hosts)
     hub = Hub(
         metrics,
+        max_streams=settings.max_streams,
         streams_per_user=settings.streams_per_user,
+        streams_per_address=settings.streams_per_address,
+        buffer_memory=settings.buffer_memory_bytes,
         buffer_bytes=settings.stream_buffer_bytes,
         heartbeat_seconds=settings.heartbeat_seconds,
         max_seconds=settings.stream_max_seconds,
@@ -118,7 +121,6 @@ def create_app(settings: Settings) -> web.Application:
         store,
         metrics,
         page_rows=settings.replay_page_rows,
-        buffer_bytes=settings.stream_buffer_bytes,
         slow_seconds=settings.slow_seconds,
         send_timeout=settings.send_timeout,
     )

@@ -137,6 +137,24 @@ class Settings(BaseSettings):
     streams_per_user: int = Field(
         20, ge=1, description="Most streams (sessions) of one user; a further one is turned away."
     )
+    streams_per_address: int = Field(
+        0,
+        ge=0,
+        description="Most streams of one address (/64 for IPv6); 0 is no limit. Whole companies "
+        "may share an address.",
+    )
+    max_streams: int = Field(
+        50_000,
+        ge=1,
+        description="Most streams of one process; a further one is told to come back later. Each "
+        "takes about 3 KB.",
+    )
+    buffer_memory_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Most that may be buffered in one process for clients that are slow: with many "
+        "streams each may have less unsent than SSE_STREAM_BUFFER_BYTES.",
+    )
     replay_page_rows: int = Field(500, ge=1, le=5000, description="Rows in one page of a replay.")
     drain_seconds: float = Field(
         10.0, gt=0, description="Time in which all streams are ended after SIGTERM."

@@ -7,6 +7,7 @@ Only `notification` carries an ``id:``; a control event with an id would move th
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,6 +68,7 @@ def dumps(value: object) -> str:
     return text.translate(_UNSAFE_IN_HTML)
 
 
+@functools.lru_cache(maxsize=256)  # all recipients of a statement have the same
 def timestamp(ms: int) -> str:
     """ISO 8601 in UTC with milliseconds, of milliseconds since 1970."""
     seconds, rest = divmod(ms, 1000)

@@ -23,6 +23,9 @@ from sse_server.snapshot import NOTHING, Snapshot
 # Short enough that a stream ends well within a second of its session.
 TICKS_PER_SECOND = 4
 
+# Bytes that a stream may always have unsent: some notifications.
+LEAST_ROOM = 4096
+
 
 class Keeper(Protocol):
     """Sees to a stream for which no handler waits."""
@@ -35,6 +38,7 @@ class Stream:
     """One open event stream. Written by the hub when live, by its handler while it replays."""
 
     __slots__ = (
+        "address",
         "base",
         "closing",
         "deadline",
@@ -54,8 +58,10 @@ class Stream:
         "waker",
     )
 
-    def __init__(self, user_id: str, session_id: int, number: int) -> None:
+    def __init__(self, user_id: str, session_id: int, number: int, *, address: str = "") -> None:
         self.user_id = user_id
+        # Under which it is counted; see limits.network().
+        self.address = address
         self.session_id = session_id
         # Of all streams that the session ever opened, the one with the highest number counts.
         self.number = number
@@ -135,8 +141,11 @@ class Hub:
         metrics: Metrics,
         *,
         # Limits
+        max_streams: int = 50_000,
         streams_per_user: int = 20,
+        streams_per_address: int = 0,
         buffer_bytes: int = 256 * 1024,
+        buffer_memory: int = 256 * 1024 * 1024,
         # Timeouts
         heartbeat_seconds: float = 15.0,
         max_seconds: float = 3600.0,
@@ -147,12 +156,20 @@ class Hub:
         # That of the feed's last sweep: every row that it shows has been dispatched.
         self.snapshot = NOTHING
         self.heartbeat_seconds = heartbeat_seconds
+        self._max_streams = max_streams
         self._streams_per_user = streams_per_user
-        self._buffer_bytes = buffer_bytes
+        self._streams_per_address = streams_per_address
+        self._most_room = buffer_bytes
+        self._buffer_memory = buffer_memory
+        # Bytes that each stream may have unsent, and its share of the memory that there is for all:
+        # clients that do not read cannot fill it, however many they are.
+        self.room = buffer_bytes
+        self.share = buffer_memory
         self._max_seconds = max_seconds
         self._clock = clock
         self._users: dict[str, _User] = {}
         self._sessions: dict[int, Stream] = {}
+        self._addresses: dict[str, int] = {}
         # All heartbeats and all ends by time hang on one timer: each stream sits in one of as many
         # slots as a heartbeat has ticks.
         self._tick = int(clock() * TICKS_PER_SECOND)
@@ -185,6 +202,23 @@ class Hub:
 
     # Coming and going
 
+    def refuses(self, address: str) -> Closing | None:
+        """Why no stream from this address can be opened now, whosever it is; `None` if one can.
+
+        To be asked before the stream is claimed: a claim ends the session's older stream.
+        """
+        if self.draining:
+            return Closing.SHUTDOWN
+        if len(self._sessions) >= self._max_streams:
+            return Closing.OVERLOAD
+        if 0 < self._streams_per_address <= self._addresses.get(address, 0):
+            return Closing.LIMIT
+        return None
+
+    def _share_memory(self) -> None:
+        self.share = self._buffer_memory // max(1, len(self._sessions))
+        self.room = min(self._most_room, max(LEAST_ROOM, self.share))
+
     def register(self, stream: Stream, seconds_left: float) -> Closing | None:
         """Add a stream; from now on it misses nothing: what comes makes it dirty.
 
@@ -204,6 +238,10 @@ class Hub:
                 return Closing.SUPERSEDED
             self.close(older, Closing.SUPERSEDED)
             self.unregister(older)
+        # Again: others may have come since it was asked.
+        refused = self.refuses(stream.address)
+        if refused is not None:
+            return refused
         user = self._users.get(stream.user_id)
         if user is None:
             user = self._users[stream.user_id] = _User()
@@ -213,6 +251,11 @@ class Hub:
         self._seen.add(stream)
         user.streams.append(stream)
         self._sessions[stream.session_id] = stream
+        if self._streams_per_address:
+            self._addresses[stream.address] = self._addresses.get(stream.address, 0) + 1
+        else:
+            stream.address = ""  # of no use then
+        self._share_memory()
         stream.slot = self._next_slot
         self._next_slot = (self._next_slot + 1) % len(self._slots)
         self._slots[stream.slot].add(stream)
@@ -226,6 +269,11 @@ class Hub:
         if self._sessions.get(stream.session_id) is not stream:
             return
         del self._sessions[stream.session_id]
+        self._share_memory()
+        if self._streams_per_address:
+            self._addresses[stream.address] -= 1
+            if not self._addresses[stream.address]:
+                del self._addresses[stream.address]
         user = self._users[stream.user_id]
         user.streams.remove(stream)
         if not user.streams:
@@ -275,7 +323,7 @@ class Hub:
             if transport.is_closing():
                 self.close(stream, Closing.GONE)
                 continue
-            if transport.get_write_buffer_size() > self._buffer_bytes:
+            if transport.get_write_buffer_size() > self.room:
                 self._lag(stream, user, notification.id)
                 continue
             if frame is None:
@@ -293,14 +341,14 @@ class Hub:
         user = self._users.get(user_id)
         if user is not None:
             for stream in user.streams:
-                if stream.buffered <= self._buffer_bytes:
+                if stream.buffered <= self.room:
                     stream.write(frame)
 
     def ready(self, user_id: str, unread_count: int) -> None:
         """Tell a user's live streams the count anew; the others will be told by their replay."""
         frame = events.ready(unread_count, self.heartbeat_seconds)
         for stream in self._users[user_id].streams if user_id in self._users else ():
-            if stream.live and stream.buffered <= self._buffer_bytes:
+            if stream.live and stream.buffered <= self.room:
                 stream.write(frame)
 
     def _lag(self, stream: Stream, user: _User, announced: int) -> None:
@@ -445,5 +493,5 @@ class Hub:
                 continue
             if transport.is_closing():
                 self.close(stream, Closing.GONE)
-            elif transport.get_write_buffer_size() <= self._buffer_bytes:
+            elif transport.get_write_buffer_size() <= self.room:
                 stream.write(frame)

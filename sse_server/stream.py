@@ -45,6 +45,10 @@ REPLAY_BATCH = 50
 # As are the sessions of this many.
 CHECK_BATCH = 200
 
+# Pages are shorter when many streams share the memory; about what a notification takes.
+ROW_BYTES = 512
+LEAST_PAGE_ROWS = 20
+
 # Pause between tries of a stream that replays while the database is away.
 RETRY_SECONDS = (0.5, 2.0)
 
@@ -87,7 +91,6 @@ class Streams:
         *,
         # Limits
         page_rows: int = 500,
-        buffer_bytes: int = 256 * 1024,
         # Timeouts
         slow_seconds: float = 60.0,
         send_timeout: float = 120.0,
@@ -96,7 +99,6 @@ class Streams:
         self._store = store
         self._metrics = metrics
         self._page_rows = page_rows
-        self._buffer_bytes = buffer_bytes
         self._slow_seconds = slow_seconds
         self._send_timeout = send_timeout
         # Of streams that were handed over and replay.
@@ -112,7 +114,9 @@ class Streams:
         )
 
     async def _replay_batch(self, positions: list[Position]) -> list[Page]:
-        return await self._store.replay(positions, self._page_rows)
+        # A page is in memory twice until its client has taken it.
+        rows = max(LEAST_PAGE_ROWS, self._hub.share // ROW_BYTES)
+        return await self._store.replay(positions, min(self._page_rows, rows))
 
     async def _check_batch(self, ids: list[int]) -> list[tuple[float, int] | None]:
         valid = await self._store.check_sessions(ids)
@@ -127,8 +131,9 @@ class Streams:
                 now; an EventSource would give up for good on them.
         """
         asked = asks_for(request)
-        if self._hub.draining:
-            return await self._turn_away(request, Closing.SHUTDOWN)
+        address = network(request.remote)
+        if (refused := self._hub.refuses(address)) is not None:
+            return await self._turn_away(request, refused)
         storage = request.app[STORAGE]
         limits = request.app[LIMITS]
         key = storage.key(request)
@@ -141,14 +146,15 @@ class Streams:
         except DatabaseUnavailable:
             return await self._turn_away(request, Closing.UNAVAILABLE)
         if key is None or claim is None:
-            address = f"address:{network(request.remote)}"
             # An EventSource gives up on 401 and on 429 alike; only the first says why.
-            if not await limits.anonymous.take(address) and not is_event_source(request):
+            if not await limits.anonymous.take(f"address:{address}") and not is_event_source(
+                request
+            ):
                 raise limits.anonymous.refusal()
             raise NotSignedIn("Sign in first.")
         if not await limits.claimed_stream(key, claim.user_id):
             return await self._turn_away(request, Closing.LIMIT)
-        stream = Stream(claim.user_id, claim.session_id, claim.number)
+        stream = Stream(claim.user_id, claim.session_id, claim.number, address=address)
         refused = self._hub.register(stream, claim.seconds_left)
         if refused is not None:
             return await self._turn_away(request, refused)
@@ -331,7 +337,7 @@ class Streams:
                 position.after_id = notification.id
             self._metrics.replayed.inc(len(page.notifications))
             # Nobody's replay may fill the memory.
-            if page.full or stream.buffered > self._buffer_bytes:
+            if page.full or stream.buffered > self._hub.room:
                 await self._drained(stream, wire)
             if not page.full:
                 return page.unread_count

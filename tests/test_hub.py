@@ -541,7 +541,6 @@ class Delivery(RuleBasedStateMachine):
             cast(Store, self),
             self.hub.metrics,
             page_rows=PAGE_ROWS,
-            buffer_bytes=BUFFER_BYTES,
         )
 
     async def replay(self, positions: Sequence[Position], limit: int) -> list[Page]:
