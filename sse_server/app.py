@@ -54,22 +54,51 @@ def static_dir() -> Path:
     raise ConfigurationError("static/ is missing from this installation.")
 
 
+def _store(settings: Settings) -> Store:
+    if settings.database_url is None:
+        raise ConfigurationError("DATABASE_URL is not set.")
+    listen = settings.listen_database_url
+    database = Database(
+        settings.database_url.get_secret_value(),
+        size=settings.pool_size,
+        connect_timeout=settings.connect_timeout,
+        query_timeout=settings.query_timeout,
+        listen_dsn=None if listen is None else listen.get_secret_value(),
+    )
+    return Store(database, link_hosts=settings.link_hosts)
+
+
+async def prepare(settings: Settings) -> None:
+    """Find out what could keep the application from starting, and apply the schema.
+
+    For the process that starts others: what is wrong is said once, before there are any.
+
+    Raises:
+        ConfigurationError: As `create_app()`, or the database cannot be used like this.
+        DatabaseError, DatabaseUnavailable: The database cannot be used.
+    """
+    static_dir()
+    Verifier.of(settings)
+    store = _store(settings)
+    try:
+        await store.apply_schema()
+        connection = await store.database.connect_to_listen("sse-server feed")
+        try:
+            await store.check_listen(connection)
+        finally:
+            connection.close()
+    finally:
+        await store.database.close()
+
+
 def create_app(settings: Settings) -> web.Application:
     """Build the application. Nothing connects before it is started.
 
     Raises:
         ConfigurationError: There is no database to use, or a key cannot be used.
     """
-    if settings.database_url is None:
-        raise ConfigurationError("DATABASE_URL is not set.")
     metrics = Metrics()
-    database = Database(
-        settings.database_url.get_secret_value(),
-        size=settings.pool_size,
-        connect_timeout=settings.connect_timeout,
-        query_timeout=settings.query_timeout,
-    )
-    store = Store(database, link_hosts=settings.link_hosts)
+    store = _store(settings)
     hub = Hub(
         metrics,
         max_streams=settings.max_streams,

@@ -68,8 +68,16 @@ class Settings(BaseSettings):
     max_connections: int | None = Field(
         None,
         ge=1,
-        description="Most open connections; by default as many as there may be open files, "
-        "less some for the database.",
+        description="Most open connections of each process; by default as many as there may be "
+        "open files, less some for the database.",
+    )
+
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that serve, on one port; as many as there are processors to spare. "
+        "Each has limits, database connections and streams of its own.",
     )
 
     # Database
@@ -78,10 +86,20 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("DATABASE_URL", "database_url"),
         description="libpq URL or DSN. Without it the server runs a PostgreSQL of its own.",
     )
+    listen_database_url: SecretStr | None = Field(
+        None,
+        description="The same database past any pooler (PgBouncer in transaction mode passes no "
+        "NOTIFY on); for the one connection of each process that listens. By default DATABASE_URL.",
+    )
     data_dir: Path | None = Field(
         None, description="Where the embedded PostgreSQL keeps its data (without DATABASE_URL)."
     )
-    pool_size: int = Field(8, ge=1, le=200, description="Most database connections, LISTEN apart.")
+    pool_size: int = Field(
+        8,
+        ge=1,
+        le=200,
+        description="Most database connections of each process, the one that listens apart.",
+    )
     query_timeout: float = Field(
         10.0, gt=0, description="Longest that a query may take before it counts as failed."
     )
@@ -135,7 +153,10 @@ class Settings(BaseSettings):
         120.0, gt=0, description="TCP_USER_TIMEOUT of a stream: how long a dead peer may stay."
     )
     streams_per_user: int = Field(
-        20, ge=1, description="Most streams (sessions) of one user; a further one is turned away."
+        20,
+        ge=1,
+        description="Most streams (sessions) of one user in each process; a further one is turned "
+        "away.",
     )
     streams_per_address: int = Field(
         0,
@@ -177,19 +198,21 @@ class Settings(BaseSettings):
 
     # Limits
     api_calls_per_minute: int = Field(
-        120, ge=0, description="Most API calls of one user in a minute; 0 is no limit."
+        120,
+        ge=0,
+        description="Most API calls of one user in a minute, in each process; 0 is no limit.",
     )
     anonymous_calls_per_minute: int = Field(
         600,
         ge=0,
         description="Most API calls without a valid session from one address (/64 for IPv6) in a "
-        "minute; 0 is no limit.",
+        "minute, in each process; 0 is no limit.",
     )
     sign_ins_per_minute: int = Field(
         60,
         ge=0,
         description="Most attempts to sign in, or with a wrong service key, from one address "
-        "(/64 for IPv6) in a minute; 0 is no limit.",
+        "(/64 for IPv6) in a minute, in each process; 0 is no limit.",
     )
 
     # Logging
@@ -255,6 +278,10 @@ def load(**options: Any) -> Settings:
         raise ConfigurationError(
             f"The demo sign-in lets anybody in as anybody: it is refused on {settings.host}; "
             "listen on 127.0.0.1 or leave SSE_DEMO unset."
+        )
+    if settings.listen_database_url is not None and settings.database_url is None:
+        raise ConfigurationError(
+            "SSE_LISTEN_DATABASE_URL is another way to the database of DATABASE_URL: set both."
         )
     _check_tls(settings)
     _check_jwt(settings)

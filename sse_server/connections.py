@@ -34,6 +34,50 @@ SPARE_FILES = 128  # descriptors for the database, logs, static files
 BACKLOG = 4096
 
 
+def reserve(host: str, port: int) -> list[socket.socket]:
+    """Take an address for processes that will share it, each with a `Site` of its own.
+
+    The sockets are bound and do not listen: they hold the port, and get no connections.
+
+    Args:
+        host: A name may stand for several addresses.
+        port: 0 takes a free one, the same for all addresses.
+
+    Returns: What is to be closed when the address is no longer needed.
+
+    Raises:
+        OSError: The address cannot be used, or somebody else does.
+    """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise OSError("several processes cannot share a port on this system")
+    reserved: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            where = (address[0], port, *address[2:])
+            # First without sharing: another service on this port would share it as well, and take
+            # half of the connections.
+            for share in (False, True):
+                sock = socket.socket(family, kind, protocol)
+                reserved.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                if share:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                sock.bind(where)
+                if share:
+                    port = sock.getsockname()[1]
+                else:
+                    reserved.pop().close()
+    except BaseException:
+        for sock in reserved:
+            sock.close()
+        raise
+    return reserved
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of every connection; seconds."""
@@ -180,7 +224,7 @@ class Connection(web.RequestHandler):
 class Site(web.BaseSite):
     """A TCP site whose connections are `Connection`s."""
 
-    __slots__ = ("_full", "_host", "_limits", "_open", "_port")
+    __slots__ = ("_full", "_host", "_limits", "_open", "_port", "_reuse_port")
 
     def __init__(
         self,
@@ -190,11 +234,13 @@ class Site(web.BaseSite):
         *,
         limits: Limits,
         ssl_context: ssl.SSLContext | None = None,
+        reuse_port: bool = False,
     ) -> None:
         super().__init__(runner, ssl_context=ssl_context, backlog=BACKLOG)
         self._host = host
         self._port = port
         self._limits = limits
+        self._reuse_port = reuse_port
         self._full = False
         self._open = 0
 
@@ -219,6 +265,7 @@ class Site(web.BaseSite):
             self._port,
             ssl=self._ssl_context,
             backlog=self._backlog,
+            reuse_port=self._reuse_port,
             # None without TLS, or asyncio refuses it.
             ssl_handshake_timeout=None if self._ssl_context is None else self._limits.head_seconds,
             ssl_shutdown_timeout=None if self._ssl_context is None else LINGER_SECONDS,

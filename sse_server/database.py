@@ -8,6 +8,10 @@ The only module that knows aiopg and psycopg2. It turns their failures into `Dat
   aiopg's error path refuses the descriptor), and the event loop then spins on it;
 * aiopg's own pool connects while it holds the lock that every release needs, so that one host which
   does not answer stops everybody. Ours connects outside of any lock.
+
+Nothing here outlives a statement, so that the pool may go through a pooler in transaction mode
+(PgBouncer), which gives each transaction to whatever server connection is free. Only what listens
+has to lead straight to PostgreSQL.
 """
 
 from __future__ import annotations
@@ -30,6 +34,18 @@ logger = logging.getLogger(__name__)
 
 Row = tuple[Any, ...]
 Params = Mapping[str, object] | Sequence[object] | None
+
+READ_ONLY = "25006"
+
+# The server gives up a statement too, this much later than we do: one that it cancels while we wait
+# for it goes through the event loop's exception handler, by aiopg, and into the log.
+SERVER_GRACE_SECONDS = 0.5
+
+# For this transaction, and unless the operator has set a limit for the role or the database.
+_LIMIT = (
+    "SELECT set_config('statement_timeout', CASE current_setting('statement_timeout') "
+    "WHEN '0' THEN '{}' ELSE current_setting('statement_timeout') END, true); "
+)
 
 # SQLSTATE classes and codes that say "not now" rather than "not like this".
 _UNAVAILABLE = ("08", "53", "57P", "58", "25006", "55P03", "57014", "40")
@@ -90,7 +106,7 @@ def _translate(exc: psycopg2.Error) -> DatabaseError:
     return DatabaseError(message, sqlstate)
 
 
-def _hosts(dsn: str) -> list[dict[str, str]]:
+def _hosts(dsn: str, setting: str) -> list[dict[str, str]]:
     """Each host of a multi-host DSN as parameters of its own.
 
     libpq would go through them itself, but changes its descriptor on the way, which aiopg does not
@@ -108,7 +124,7 @@ def _hosts(dsn: str) -> list[dict[str, str]]:
         # libpq ends the password at its first @ or /, takes the rest for a host or a port, and
         # quotes that in its error.
         raise ConfigurationError(
-            "DATABASE_URL is not a valid PostgreSQL URL or DSN: its host or port cannot be right "
+            f"{setting} is not a valid PostgreSQL URL or DSN: its host or port cannot be right "
             "(a password in a URL must be percent-encoded)."
         )
     candidates = []
@@ -126,10 +142,17 @@ def _hosts(dsn: str) -> list[dict[str, str]]:
 class Connection:
     """One connection, in autocommit mode, for one task at a time."""
 
-    def __init__(self, raw: aiopg.Connection, query_timeout: float) -> None:
+    def __init__(
+        self, raw: aiopg.Connection, query_timeout: float, *, server_timeout: bool = True
+    ) -> None:
         # The event loop knows an aiopg connection by a weak reference only; this is the strong one.
         self._raw = raw
         self._query_timeout = query_timeout
+        # Sent with each statement, as one message and so in one transaction: a SET for the session
+        # would stay, behind a pooler, on a server connection that others use too, and a pooler
+        # refuses it as a parameter of the connection.
+        milliseconds = int((query_timeout + SERVER_GRACE_SECONDS) * 1000)
+        self._prefix = _LIMIT.format(milliseconds) if server_timeout else ""
 
     @property
     def closed(self) -> bool:
@@ -147,7 +170,8 @@ class Connection:
     async def fetch(self, query: str, params: Params = None) -> list[Row]:
         """Run one statement and return its rows.
 
-        Cancelling closes the connection: what the statement did is then unknown.
+        The server gives it up soon after we do. Cancelling closes the connection: what the
+        statement did is then unknown.
 
         Raises:
             DatabaseUnavailable: The connection was lost, or the query took too long.
@@ -156,7 +180,7 @@ class Connection:
         try:
             async with asyncio.timeout(self._query_timeout):
                 async with await self._raw.cursor() as cursor:
-                    await cursor.execute(query, params)
+                    await cursor.execute(self._prefix + query, params)
                     return list(await cursor.fetchall()) if cursor.description else []
         except TimeoutError as exc:
             self.close()
@@ -173,6 +197,9 @@ class Connection:
         except psycopg2.Error as exc:
             if self.closed:
                 raise DatabaseUnavailable("the connection to the database was lost") from exc
+            if exc.pgcode == READ_ONLY:
+                # A primary no more: the next connection may find the one that is.
+                self.close()
             raise _translate(exc) from exc
 
     def close(self) -> None:
@@ -200,19 +227,33 @@ class Connection:
 
 
 async def connect(
-    dsn: str, *, connect_timeout: float, query_timeout: float, application_name: str
+    dsn: str,
+    *,
+    connect_timeout: float,
+    query_timeout: float,
+    application_name: str,
+    server_timeout: bool = True,
+    setting: str = "DATABASE_URL",
 ) -> Connection:
     """Connect to the first host of the DSN that lets us in (and is writable, if asked for).
+
+    Args:
+        dsn: libpq URL or DSN, of several hosts if need be.
+        connect_timeout: For each host, seconds.
+        query_timeout: For each statement, seconds.
+        application_name: For ``pg_stat_activity``.
+        server_timeout: Whether the server is told about `query_timeout` as well.
+        setting: Where the DSN comes from, for the error.
 
     Raises:
         DatabaseUnavailable: None did; the reason is that of the last one tried.
         ConfigurationError: The DSN cannot be parsed.
     """
     try:
-        candidates = _hosts(dsn)
+        candidates = _hosts(dsn, setting)
     except psycopg2.ProgrammingError:
         # psycopg2's own message would quote the DSN, which may hold a password.
-        raise ConfigurationError("DATABASE_URL is not a valid PostgreSQL URL or DSN.") from None
+        raise ConfigurationError(f"{setting} is not a valid PostgreSQL URL or DSN.") from None
     failure: DatabaseUnavailable | None = None
     for candidate in candidates:
         writable = candidate.pop("target_session_attrs", "any") in ("read-write", "primary")
@@ -225,7 +266,13 @@ async def connect(
         ):
             candidate.setdefault(key, value)
         try:
-            return await _connect_one(candidate, connect_timeout, query_timeout, writable=writable)
+            return await _connect_one(
+                candidate,
+                connect_timeout,
+                query_timeout,
+                writable=writable,
+                server_timeout=server_timeout,
+            )
         except DatabaseUnavailable as exc:
             failure = exc
     assert failure is not None
@@ -233,7 +280,12 @@ async def connect(
 
 
 async def _connect_one(
-    params: dict[str, str], connect_timeout: float, query_timeout: float, *, writable: bool
+    params: dict[str, str],
+    connect_timeout: float,
+    query_timeout: float,
+    *,
+    writable: bool,
+    server_timeout: bool,
 ) -> Connection:
     raw: _Connection | None = None
     try:
@@ -242,7 +294,7 @@ async def _connect_one(
             raw = _Connection(
                 None, 10 * query_timeout, enable_hstore=False, **cast(dict[str, Any], params)
             )
-            connection = Connection(await raw, query_timeout)
+            connection = Connection(await raw, query_timeout, server_timeout=server_timeout)
             if writable and (await connection.fetch("SHOW transaction_read_only"))[0][0] == "on":
                 raise DatabaseUnavailable("the database host is read-only")  # noqa: TRY301
             return connection
@@ -272,8 +324,19 @@ class Database:
         connect_timeout: float,
         query_timeout: float,
         application_name: str = "sse-server",
+        listen_dsn: str | None = None,
     ) -> None:
+        """
+        Args:
+            dsn: Of the pool.
+            size: Most connections in it.
+            connect_timeout: For each host, seconds.
+            query_timeout: For each statement, seconds.
+            application_name: For ``pg_stat_activity``.
+            listen_dsn: For what listens, if that takes another way than the pool.
+        """
         self._dsn = dsn
+        self._listen_dsn = listen_dsn
         self._size = size
         self._connect_timeout = connect_timeout
         self._query_timeout = query_timeout
@@ -288,6 +351,11 @@ class Database:
         """Connections that are running something now."""
         return self._in_use
 
+    @property
+    def listens_as_the_pool(self) -> bool:
+        """Whether what listens takes the same way as the pool."""
+        return self._listen_dsn is None
+
     async def connect(self, application_name: str | None = None) -> Connection:
         """A connection outside of the pool, which the caller closes."""
         return await connect(
@@ -295,6 +363,18 @@ class Database:
             connect_timeout=self._connect_timeout,
             query_timeout=self._query_timeout,
             application_name=application_name or self._application_name,
+        )
+
+    async def connect_to_listen(self, application_name: str) -> Connection:
+        """A connection outside of the pool and past any pooler, which the caller closes."""
+        if self._listen_dsn is None:
+            return await self.connect(application_name)
+        return await connect(
+            self._listen_dsn,
+            connect_timeout=self._connect_timeout,
+            query_timeout=self._query_timeout,
+            application_name=application_name,
+            setting="SSE_LISTEN_DATABASE_URL",
         )
 
     @contextlib.asynccontextmanager
@@ -380,6 +460,8 @@ class Database:
             connect_timeout=self._connect_timeout,
             query_timeout=3600.0,
             application_name=self._application_name,
+            # It may begin transactions of its own.
+            server_timeout=False,
         )
         try:
             await connection.fetch(script)

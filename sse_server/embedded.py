@@ -191,6 +191,15 @@ class EmbeddedPostgres:
             os.close(self._lock)
             self._lock = None
 
+    def forget(self) -> None:
+        """In a forked process: it stays the parent's, which alone holds the directory."""
+        self._process = None
+        self._socket_dir = None
+        if self._lock is not None:
+            # The lock goes with the last descriptor of it; the parent's may be gone before us.
+            os.close(self._lock)
+            self._lock = None
+
     def restart(self, *, mode: str = "fast") -> None:
         """Stop and start again, or only start after `crash`; DSNs stay valid.
 

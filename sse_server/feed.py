@@ -129,10 +129,13 @@ class Feed:
         """Connect for the first time, before there are any streams; fails fast.
 
         Raises:
+            ConfigurationError: It would listen in vain.
             DatabaseError, DatabaseUnavailable: As connecting does.
         """
-        connection = await self._store.database.connect("sse-server feed")
+        connection = await self._store.database.connect_to_listen("sse-server feed")
         try:
+            # First: LISTEN through a pooler would stay on a server connection that others use.
+            await self._store.check_listen(connection)
             start = await self._store.feed_start(connection)
             self._snapshot, self._newest = start.snapshot, start.newest
             await self._resume_mode(connection)
@@ -176,7 +179,7 @@ class Feed:
                 self._set(None)
 
     async def _reconnect(self) -> None:
-        connection = await self._store.database.connect("sse-server feed")
+        connection = await self._store.database.connect_to_listen("sse-server feed")
         try:
             # LISTEN first, then look: what commits in between is announced and swept.
             start = await self._store.feed_start(connection, self._newest)

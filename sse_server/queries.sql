@@ -156,6 +156,13 @@ SELECT s.channel, reset_foreign_xacts() IS NULL, pg_current_snapshot()::text,
   FROM settings s
   LEFT JOIN (SELECT id, xact FROM notifications ORDER BY xact DESC, id DESC LIMIT 1) AS n ON true
 
+-- Whether NOTIFY arrives is tried before anything depends on it.
+-- name: channel
+SELECT channel FROM settings
+
+-- name: notify
+SELECT channel, pg_notify(%(channel)s, '') IS NULL FROM settings
+
 -- name: feed_mode
 SELECT feed_mode, polling_until > clock_timestamp() FROM settings
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import json
+import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from sse_server.sanitize import plain_text, safe_link
 from sse_server.snapshot import Snapshot
 
 _HERE = Path(__file__).parent
+
+# Longest that a NOTIFY may take to arrive at the start. It takes milliseconds, or it never comes.
+LISTEN_SECONDS = 5.0
 
 
 def schema_sql() -> str:
@@ -396,6 +401,40 @@ class Store:
         return {row[0]: row[1] for row in rows}
 
     # Feed (on the feed's own connection)
+
+    async def check_listen(self, connection: Connection) -> None:
+        """Try whether what the pool notifies arrives at this connection.
+
+        Behind a pooler in transaction mode LISTEN succeeds and nothing ever comes: it is executed
+        on a server connection that is somebody else's a moment later. So this is found out by
+        trying: on a channel that nobody else knows, notified by another connection, since one that
+        notifies itself may be given its own words by chance.
+
+        Raises:
+            ConfigurationError: It does not, or the connection leads to another database.
+            DatabaseError, DatabaseUnavailable: As connecting does.
+        """
+        channel = f"sse_trial_{secrets.token_hex(8)}"
+        [(there,)] = await connection.fetch(self._q["channel"])
+        await connection.fetch(f'LISTEN "{channel}"')
+        here, _ = await self.database.fetch_one(self._q["notify"], {"channel": channel})
+        if here != there:
+            raise ConfigurationError(
+                "SSE_LISTEN_DATABASE_URL leads to another database than DATABASE_URL: both must "
+                "lead to the same one, and to the same schema in it."
+            )
+        try:
+            # Nothing may be asked meanwhile: for that moment a pooler would pass on what has come.
+            await asyncio.wait_for(connection.notified(), LISTEN_SECONDS)
+        except TimeoutError:
+            raise ConfigurationError(
+                "NOTIFY does not arrive over DATABASE_URL, as through PgBouncer in transaction "
+                "mode: set SSE_LISTEN_DATABASE_URL to a URL that leads straight to PostgreSQL."
+                if self.database.listens_as_the_pool
+                else "NOTIFY does not arrive over SSE_LISTEN_DATABASE_URL, as through PgBouncer in "
+                "transaction mode: it must lead straight to PostgreSQL."
+            ) from None
+        await connection.fetch(f'UNLISTEN "{channel}"')
 
     async def feed_start(self, connection: Connection, newest: Newest | None = None) -> Start:
         """LISTEN, and set back rows that were restored from another cluster.

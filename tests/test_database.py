@@ -37,12 +37,12 @@ async def make(dsn: str) -> AsyncIterator[MakeDatabase]:
     """Build one on the test's database, closed at the end; its name there is unique."""
     made = []
 
-    def build(dsn: str = dsn, size: int = 3, **timeouts: float) -> Database:
+    def build(dsn: str = dsn, size: int = 3, **timeouts: Any) -> Database:
         database = Database(
             dsn,
             size=size,
-            **{"connect_timeout": 5.0, "query_timeout": 10.0} | timeouts,
             application_name=f"test {secrets.token_hex(4)}",
+            **{"connect_timeout": 5.0, "query_timeout": 10.0} | timeouts,
         )
         made.append(database)
         return database
@@ -479,6 +479,16 @@ async def test_writable_host(make: MakeDatabase, dsn: str, db: RawConnection) ->
         await make(f"{dsn}&target_session_attrs=read-write").fetch("SELECT 1")
     fetch(db, f"ALTER DATABASE {name} RESET default_transaction_read_only")
     assert await make(f"{dsn}&target_session_attrs=read-write").fetch("SELECT 1") == [(1,)]
+
+
+async def test_a_host_that_is_no_primary_any_more(make: MakeDatabase) -> None:
+    """A connection that has become read-only is given up, and the statement run on another one."""
+    database = make(size=1)
+    await database.fetch("SET default_transaction_read_only = on")
+    [(pid,)] = await database.fetch(PID)
+    assert await database.fetch("CREATE TABLE t AS SELECT pg_backend_pid()") == []
+    [(other,)] = await database.fetch("SELECT * FROM t")
+    assert other != pid
 
 
 async def test_silent_host(make: MakeDatabase, silent_port: int) -> None:

@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import resource
 import shlex
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 from aiohttp import web
 
-from sse_server.app import SUPERVISOR, create_app
 from sse_server.cli.process import EXIT_FAILED, EXIT_MISCONFIGURED, LOG_FORMAT
 from sse_server.config import Settings, load
-from sse_server.connections import Limits, Site
+from sse_server.connections import Limits, Site, reserve
 from sse_server.embedded import EmbeddedPostgres, default_data_dir
 from sse_server.errors import ConfigurationError, DatabaseError
 from sse_server.tls import Certificate
 
+if TYPE_CHECKING:
+    from sse_server.workers import Worker
+
 logger = logging.getLogger(__name__)
+
+# Timeouts
+# A worker that cannot start, the database being away, tries again.
+RESTART_FIRST = 0.5
+RESTART_MOST = 15.0
+BEAT_SECONDS = 1.0
 
 
 def serve(options: dict[str, Any]) -> int:
@@ -43,16 +53,20 @@ def serve(options: dict[str, Any]) -> int:
             dsn = postgres.start()
             demo = {"demo": True} if settings.loopback else {}
             settings = load(**{**options, **demo, "database_url": dsn})
-        return asyncio.run(_serve(settings, postgres))
-    except ConfigurationError as exc:
-        click.echo(f"sse-server: {exc}", err=True)
-        return EXIT_MISCONFIGURED
-    except DatabaseError as exc:
-        click.echo(f"sse-server: The database cannot be used: {exc}.", err=True)
-        return EXIT_MISCONFIGURED
+        if settings.workers > 1:
+            return _serve_with_workers(settings, postgres)
+        return asyncio.run(_serve_alone(settings, postgres))
+    except (ConfigurationError, DatabaseError) as exc:
+        return _misconfigured(exc)
     finally:
         if postgres is not None:
             postgres.stop()
+
+
+def _misconfigured(exc: ConfigurationError | DatabaseError) -> int:
+    sentence = f"The database cannot be used: {exc}." if isinstance(exc, DatabaseError) else exc
+    click.echo(f"sse-server: {sentence}", err=True)
+    return EXIT_MISCONFIGURED
 
 
 def _raise_file_limit() -> None:
@@ -63,41 +77,156 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve(settings: Settings, postgres: EmbeddedPostgres | None) -> int:
-    certificate = (
-        Certificate(settings.tls_cert, settings.tls_key)
-        if settings.tls_cert is not None and settings.tls_key is not None
-        else None
-    )
-    app = create_app(settings)
-    # What a connection may do is said by Site.
-    runner = web.AppRunner(app, shutdown_timeout=settings.drain_seconds)
+async def _serve_alone(settings: Settings, postgres: EmbeddedPostgres | None) -> int:
+    stop = _stop_signals()
+
+    def ready(address: tuple[Any, ...]) -> None:
+        _announce(address, settings, postgres)
+
+    return await _serve(settings, settings.port, stop, ready)
+
+
+def _serve_with_workers(settings: Settings, postgres: EmbeddedPostgres | None) -> int:
+    # Imported late: without workers there is no need for it.
+    from sse_server import workers
+
+    with workers.metrics_directory():
+        # Imported late: it imports prometheus_client. Here and not in the workers, which then share
+        # the memory.
+        from sse_server.app import prepare
+
+        certificate = _certificate(settings)
+        asyncio.run(prepare(settings))
+        try:
+            reserved = reserve(settings.host, settings.port)
+        except OSError as exc:
+            raise _cannot_listen(settings, exc) from exc
+        address = reserved[0].getsockname()
+
+        def work(worker: Worker) -> int:
+            if postgres is not None:
+                postgres.forget()
+            try:
+                return asyncio.run(_work(settings, address[1], worker))
+            except (ConfigurationError, DatabaseError) as exc:
+                return _misconfigured(exc)
+
+        try:
+            return workers.run(
+                workers.Plan(
+                    count=settings.workers,
+                    work=work,
+                    ready=lambda: _announce(address, settings, postgres),
+                    # For the streams, then for whatever else is under way; see _serve().
+                    stop_seconds=2 * settings.drain_seconds + 5,
+                    reloads=certificate is not None,
+                )
+            )
+        finally:
+            for sock in reserved:
+                sock.close()
+
+
+async def _work(settings: Settings, port: int, worker: Worker) -> int:
+    """What a worker does: as `_serve_alone()`, but it does not give up."""
+    stop = _stop_signals()
+    worker.take_signals()
+    beating = asyncio.create_task(_beat(worker, stop), name="heartbeat")
+    try:
+        pause, most = worker.delay, RESTART_FIRST
+        while not await _stopped(stop, pause):
+            try:
+                return await _serve(settings, port, stop, lambda _: worker.ready(), reuse_port=True)
+            except (ConfigurationError, DatabaseError) as exc:
+                if worker.first:
+                    raise
+                # Full jitter: all workers lost the same database.
+                pause, most = random.uniform(most / 2, most), min(2 * most, RESTART_MOST)
+                logger.warning("a worker cannot start: %s; next try in %.1f s", exc, pause)
+        return 0
+    finally:
+        beating.cancel()
+
+
+async def _stopped(stop: asyncio.Event, seconds: float) -> bool:
+    """Wait, but no longer than for the end. Returns: Whether that has come."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+    return stop.is_set()
+
+
+async def _beat(worker: Worker, stop: asyncio.Event) -> None:
+    """Tell the master that we live, and stop when it does not."""
+    while worker.beat():  # noqa: ASYNC110  # another process sets nothing here
+        await asyncio.sleep(BEAT_SECONDS)
+    logger.critical("the main process has gone, stopping")
+    stop.set()
+
+
+def _stop_signals() -> asyncio.Event:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def _certificate(settings: Settings) -> Certificate | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return Certificate(settings.tls_cert, settings.tls_key)
+
+
+def _cannot_listen(settings: Settings, exc: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"Cannot listen on {settings.host}:{settings.port}: {exc.strerror or exc}."
+    )
+
+
+async def _serve(
+    settings: Settings,
+    port: int,
+    stop: asyncio.Event,
+    ready: Callable[[tuple[Any, ...]], None],
+    *,
+    reuse_port: bool = False,
+) -> int:
+    """Serve until told to stop.
+
+    Args:
+        settings: All but the port.
+        port: Where to listen.
+        stop: Set by whoever wants it to end.
+        ready: Called with the address once it listens.
+        reuse_port: Whether other processes listen there too.
+
+    Returns: The exit status.
+    """
+    # Imported late: it imports prometheus_client, for which a master prepares a directory first.
+    from sse_server.app import SUPERVISOR, create_app
+
+    certificate = _certificate(settings)
+    app = create_app(settings)
+    # What a connection may do is said by Site.
+    runner = web.AppRunner(app, shutdown_timeout=settings.drain_seconds)
     if certificate is not None:
         # Without one, SIGHUP keeps its meaning: the terminal has gone.
-        loop.add_signal_handler(signal.SIGHUP, _reload, certificate)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, certificate)
     try:
         await runner.setup()
         site = Site(
             runner,
             settings.host,
-            settings.port,
+            port,
             limits=Limits.of(settings),
             ssl_context=None if certificate is None else certificate.context,
+            reuse_port=reuse_port,
         )
         try:
             await site.start()
         except OSError as exc:
-            raise ConfigurationError(
-                f"Cannot listen on {settings.host}:{settings.port}: {exc.strerror or exc}."
-            ) from exc
-        host, port = runner.addresses[0][:2]
-        scheme = "http" if certificate is None else "https"
-        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-        _announce(url, settings, postgres)
+            raise _cannot_listen(settings, exc) from exc
+        ready(runner.addresses[0])
         failed = asyncio.create_task(app[SUPERVISOR].failed.wait(), name="failed")
         stopped = asyncio.create_task(stop.wait(), name="stopped")
         await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,7 +257,12 @@ def _insert_command(postgres: EmbeddedPostgres, settings: Settings) -> str:
     return f'{shlex.join(psql)} "{statement}"'
 
 
-def _announce(url: str, settings: Settings, postgres: EmbeddedPostgres | None) -> None:
+def _announce(
+    address: tuple[Any, ...], settings: Settings, postgres: EmbeddedPostgres | None
+) -> None:
+    host, port = address[:2]
+    scheme = "http" if settings.tls_cert is None else "https"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     click.echo(f"listening on {url}")
     if postgres is not None:
         click.echo(
