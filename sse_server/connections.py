@@ -19,6 +19,7 @@ from typing import cast
 
 from aiohttp import http_exceptions, web
 
+from sse_server.acceptor import Acceptor
 from sse_server.config import Settings
 from sse_server.errors import BadRequest, HeadTooLarge, ServiceError
 from sse_server.middleware import problem, security_headers
@@ -31,7 +32,6 @@ FIELD_BYTES = 8190
 FIELDS = 64
 LINGER_SECONDS = 5.0  # for the rest of a body that nobody wants any more
 SPARE_FILES = 128  # descriptors for the database, logs, static files
-BACKLOG = 4096
 
 
 def reserve(host: str, port: int) -> list[socket.socket]:
@@ -224,7 +224,7 @@ class Connection(web.RequestHandler):
 class Site(web.BaseSite):
     """A TCP site whose connections are `Connection`s."""
 
-    __slots__ = ("_full", "_host", "_limits", "_open", "_port", "_reuse_port")
+    __slots__ = ("_busy", "_full", "_host", "_limits", "_open", "_port", "_reuse_port")
 
     def __init__(
         self,
@@ -235,12 +235,24 @@ class Site(web.BaseSite):
         limits: Limits,
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(runner, ssl_context=ssl_context, backlog=BACKLOG)
+        """
+        Args:
+            runner: Set up.
+            host: A name may stand for several addresses.
+            port: 0 takes a free one.
+            limits: Of every connection.
+            ssl_context: For TLS.
+            reuse_port: Whether other processes listen there too.
+            busy: Asked when connections have been taken: whether the next ones should wait a bit.
+        """
+        super().__init__(runner, ssl_context=ssl_context)
         self._host = host
         self._port = port
         self._limits = limits
         self._reuse_port = reuse_port
+        self._busy = busy
         self._full = False
         self._open = 0
 
@@ -259,17 +271,27 @@ class Site(web.BaseSite):
         loop = asyncio.get_running_loop()
         server = self._runner.server
         assert server is not None
-        self._server = await loop.create_server(
-            lambda: Connection(self, server, self._limits, loop),
+        # Resolves and binds; who listens is the acceptor.
+        bound = await loop.create_server(
+            asyncio.Protocol,
             self._host,
             self._port,
-            ssl=self._ssl_context,
-            backlog=self._backlog,
             reuse_port=self._reuse_port,
-            # None without TLS, or asyncio refuses it.
-            ssl_handshake_timeout=None if self._ssl_context is None else self._limits.head_seconds,
-            ssl_shutdown_timeout=None if self._ssl_context is None else LINGER_SECONDS,
+            start_serving=False,
         )
+        sockets = [sock.dup() for sock in bound.sockets]
+        bound.close()
+        acceptor = Acceptor(
+            sockets,
+            lambda: Connection(self, server, self._limits, loop),
+            self._busy,
+            ssl_context=self._ssl_context,
+            handshake_seconds=self._limits.head_seconds,
+            shutdown_seconds=LINGER_SECONDS,
+        )
+        # What sites ask of it is there.
+        self._server = cast(asyncio.Server, acceptor)
+        acceptor.start()
 
     def has_room(self) -> bool:
         """Count a new connection. Returns: False if it is one too many."""

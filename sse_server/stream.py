@@ -45,6 +45,9 @@ REPLAY_BATCH = 50
 # As are the sessions of this many.
 CHECK_BATCH = 200
 
+# From so many on, new connections are taken more slowly: as many as a batch of each kind, and some.
+OPENING = 200
+
 # Pages are shorter when many streams share the memory; about what a notification takes.
 ROW_BYTES = 512
 LEAST_PAGE_ROWS = 20
@@ -105,6 +108,8 @@ class Streams:
         self._tasks: set[asyncio.Task[None]] = set()
         # Set when the last stream has gone; only looked for when draining.
         self._empty: asyncio.Event | None = None
+        # Streams between their request and their head.
+        self._opening = 0
         self._pages: Batcher[Position, Page] = Batcher(
             "replay", self._replay_batch, size=REPLAY_BATCH, concurrency=3
         )
@@ -122,14 +127,32 @@ class Streams:
         valid = await self._store.check_sessions(ids)
         return [valid.get(id) for id in ids]
 
+    @property
+    def busy(self) -> bool:
+        """Whether so many streams are being opened that further ones had better wait."""
+        return self._opening >= OPENING
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Serve one stream until it ends.
+        """Serve one stream: until it ends, or until its socket is handed over.
 
         Raises:
             NotSignedIn: For everybody without a session.
             ServiceError: 429 or 503 for clients that are no EventSource, if it cannot be served
                 now; an EventSource would give up for good on them.
         """
+        self._opening += 1
+        try:
+            opened = await self._open(request)
+        finally:
+            self._opening -= 1
+        if isinstance(opened, web.StreamResponse):
+            return opened
+        return await opened
+
+    async def _open(
+        self, request: web.Request
+    ) -> web.StreamResponse | Coroutine[Any, Any, web.StreamResponse]:
+        """Returns: The answer, if the handler has no more to do; else what it has to do."""
         asked = asks_for(request)
         address = network(request.remote)
         if (refused := self._hub.refuses(address)) is not None:
@@ -158,13 +181,12 @@ class Streams:
         refused = self._hub.register(stream, claim.seconds_left)
         if refused is not None:
             return await self._turn_away(request, refused)
-        handed_over = False
         try:
-            response, handed_over = await self._serve(request, stream, asked)
-            return response
-        finally:
-            if not handed_over:
-                self._ended(stream)
+            opened = await self._head(request, stream, asked)
+        except BaseException:
+            self._ended(stream)
+            raise
+        return opened
 
     def _ended(self, stream: Stream) -> None:
         self._hub.unregister(stream)
@@ -198,10 +220,10 @@ class Streams:
         await response.write_eof()
         return response
 
-    async def _serve(
+    async def _head(
         self, request: web.Request, stream: Stream, asked: Cursor
-    ) -> tuple[web.StreamResponse, bool]:
-        """Returns: The response, and whether the stream goes on without its handler."""
+    ) -> web.StreamResponse | Coroutine[Any, Any, web.StreamResponse]:
+        """Returns: As `_open()`."""
         # Asked for before the head is sent: without a database there is nothing to stream.
         first = Position(stream.user_id, cursor=asked.id)
         try:
@@ -210,7 +232,8 @@ class Streams:
             )
         except DatabaseError:
             self._hub.close(stream, Closing.UNAVAILABLE)
-            return await self._turn_away(request, Closing.UNAVAILABLE), False
+            self._ended(stream)
+            return await self._turn_away(request, Closing.UNAVAILABLE)
         # The session may have ended, or opened another stream elsewhere, between the claim and
         # register(): announced while the hub did not know this stream, and never again.
         if session is None:
@@ -239,14 +262,8 @@ class Streams:
         if socket is not None:
             response.handed_over = True
             self._start(self._keep(socket, first, page))
-            return response, True
-        wire = ResponseWire(response, writer)
-        try:
-            await self._run(stream, wire, first, page)
-        except ConnectionError:
-            self._hub.close(stream, Closing.GONE)
-        await wire.finish(stream)
-        return response, False
+            return response
+        return self._serve(response, ResponseWire(response, writer), stream, first, page)
 
     # A stream that was handed over
 
@@ -280,6 +297,24 @@ class Streams:
         self._ended(wire.stream)
 
     # A stream whose handler waits
+
+    async def _serve(
+        self,
+        response: web.StreamResponse,
+        wire: ResponseWire,
+        stream: Stream,
+        first: Position,
+        page: Page,
+    ) -> web.StreamResponse:
+        try:
+            try:
+                await self._run(stream, wire, first, page)
+            except ConnectionError:
+                self._hub.close(stream, Closing.GONE)
+            await wire.finish(stream)
+        finally:
+            self._ended(stream)
+        return response
 
     async def _run(self, stream: Stream, wire: Wire, first: Position, page: Page) -> None:
         """Replay, be live, replay again when lagging, until the stream is closing."""

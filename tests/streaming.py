@@ -29,6 +29,7 @@ from sse_server.hub import Hub
 from sse_server.metrics import Metrics
 from sse_server.sessions import COOKIE
 from sse_server.store import Store
+from sse_server.stream import STREAMS
 from tests.conftest import eventually
 from tests.sse import Event, EventParser
 
@@ -322,7 +323,13 @@ async def running(settings: Settings, *, hand_over: bool = True) -> AsyncIterato
     try:
         await runner.setup()
         if hand_over:
-            site: web.BaseSite = Site(runner, "127.0.0.1", 0, limits=Limits.of(settings))
+            site: web.BaseSite = Site(
+                runner,
+                "127.0.0.1",
+                0,
+                limits=Limits.of(settings),
+                busy=lambda: app[STREAMS].busy,
+            )
         else:
             site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
         await site.start()

@@ -220,7 +220,7 @@ async def test_a_single_worker_is_ended(
     await two_serve(server, without=victim)
     assert not any(stream.closed for stream in streams if stream not in his)
     assert directories(server) == {metrics}
-    assert os.listdir(metrics)
+    assert os.listdir(metrics)  # noqa: PTH208
     assert server.stderr.count("starting another one") == 1
 
 
