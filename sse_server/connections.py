@@ -153,7 +153,7 @@ class Connection(web.RequestHandler):
         self.transport = None
         self._stop_head_timer()
         super().connection_lost(None)
-        return self._site.closed
+        return self._site.when_closed
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._site.closed()
@@ -224,7 +224,16 @@ class Connection(web.RequestHandler):
 class Site(web.BaseSite):
     """A TCP site whose connections are `Connection`s."""
 
-    __slots__ = ("_busy", "_full", "_host", "_limits", "_open", "_port", "_reuse_port")
+    __slots__ = (
+        "_busy",
+        "_full",
+        "_host",
+        "_limits",
+        "_open",
+        "_port",
+        "_reuse_port",
+        "when_closed",
+    )
 
     def __init__(
         self,
@@ -255,6 +264,8 @@ class Site(web.BaseSite):
         self._busy = busy
         self._full = False
         self._open = 0
+        # One object for all connections that are handed over.
+        self.when_closed = self.closed
 
     @property
     def name(self) -> str:

@@ -12,8 +12,9 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Protocol, cast
 
 from sse_server import events
 from sse_server.events import Closing, Notification
@@ -121,16 +122,20 @@ class Stream:
         return self.waker
 
 
+# Most users have none at most times, and an empty dict is not free.
+_NO_IDS: Mapping[int, int] = MappingProxyType({})
+
+
 class _User:
     """The streams of one user on this node."""
 
     __slots__ = ("recent", "streams")
 
     def __init__(self) -> None:
-        self.streams: list[Stream] = []
+        self.streams: tuple[Stream, ...] = ()
         # Ids (with xact) that have been dispatched since the feed's last sweep; the next one will
         # find them again.
-        self.recent: dict[int, int] = {}
+        self.recent: Mapping[int, int] = _NO_IDS
 
 
 class Hub:
@@ -249,7 +254,7 @@ class Hub:
             return Closing.LIMIT
         stream.seen = {}
         self._seen.add(stream)
-        user.streams.append(stream)
+        user.streams += (stream,)
         self._sessions[stream.session_id] = stream
         if self._streams_per_address:
             self._addresses[stream.address] = self._addresses.get(stream.address, 0) + 1
@@ -275,7 +280,7 @@ class Hub:
             if not self._addresses[stream.address]:
                 del self._addresses[stream.address]
         user = self._users[stream.user_id]
-        user.streams.remove(stream)
+        user.streams = tuple(other for other in user.streams if other is not stream)
         if not user.streams:
             del self._users[stream.user_id]
             self._recent.discard(stream.user_id)
@@ -308,8 +313,10 @@ class Hub:
         user = self._users.get(notification.user_id)
         if user is None or notification.id in user.recent:
             return 0
-        user.recent[notification.id] = notification.xact
-        self._recent.add(notification.user_id)
+        if user.recent is _NO_IDS:
+            user.recent = {}
+            self._recent.add(notification.user_id)
+        cast(dict[int, int], user.recent)[notification.id] = notification.xact
         frame: bytes | None = None
         written = 0
         for stream in user.streams:
@@ -375,7 +382,8 @@ class Hub:
             self._seen.add(stream)
             stream.wake()
         for user in self._users.values():
-            user.recent.clear()
+            user.recent = _NO_IDS
+        self._recent.clear()
 
     # Replaying (called by the stream's handler)
 
@@ -417,6 +425,7 @@ class Hub:
                 id: xact for id, xact in user.recent.items() if not snapshot.covers(xact)
             }
             if not user.recent:
+                user.recent = _NO_IDS
                 self._recent.discard(user_id)
         for stream in list(self._seen):
             # A replaying stream's base may be older: it could find again what is pruned.

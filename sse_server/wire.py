@@ -89,12 +89,12 @@ class SocketWire(asyncio.Protocol):
 
     # What an idle stream keeps in memory, in bytes (sys.getsizeof, CPython 3.11; bench/storm.py
     # measures the sum):
-    #   88  this, and 64 for the site's bound method
+    #   88  this
     #  176  hub.Stream, and about 150 for its user_id, float and numbers
     #  510  asyncio's transport, its __dict__, socket, empty buffer and bound method
     #  480  the transport's _extra: socket object and both addresses
     #  370  the selector's key, the loop's handle, its context and arguments
-    #  200  the hub's entry of the user, with its list and dict
+    #  100  the hub's entry of the user
     #  600  the hub's indexes: user, session, heartbeat slot, deadline
     __slots__ = ("_drained", "_excess", "_owner", "_paused", "_site_closed", "busy", "stream")
 
