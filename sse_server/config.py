@@ -1,7 +1,8 @@
 """Settings: environment variables with the prefix ``SSE_``, each with a command-line option.
 
-``DATABASE_URL`` keeps its usual name. Nothing is read at import; `load()` reads, checks and answers
-with `ConfigurationError`, one sentence, if something is wrong.
+``DATABASE_URL`` keeps its usual name. What is not in the environment is looked for in ``.env``,
+then in the directory of secrets. Nothing is read at import; `load()` reads, checks and answers with
+`ConfigurationError`, one sentence, if something is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from sse_server.errors import ConfigurationError
 
@@ -218,6 +219,13 @@ class Settings(BaseSettings):
     # Logging
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
 
+    # Secrets
+    secrets_dir: Path | None = Field(
+        None,
+        description="Directory in which any setting may be a file with the name of its variable "
+        "(DATABASE_URL, SSE_JWT_SECRET), as Docker, Kubernetes and systemd hand out secrets.",
+    )
+
     @field_validator("trusted_proxies", "link_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -261,18 +269,47 @@ def _origin(text: str) -> str:
     return f"{scheme}://{host}" if port in (None, default) else f"{scheme}://{host}:{port}"
 
 
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return "DATABASE_URL" if name == "database_url" else f"SSE_{name.upper()}"
+
+
+class _SecretsDir(BaseSettings):
+    """Where the secrets are; asked before all else, and not in that directory itself."""
+
+    model_config = SettingsConfigDict(env_prefix="SSE_", env_file=".env", extra="ignore")
+
+    secrets_dir: Path | None = None
+
+
+def _secrets_dir(options: dict[str, Any]) -> Path | None:
+    given = options.get("secrets_dir")
+    directory = _SecretsDir().secrets_dir if given is None else Path(given)
+    if directory is not None and not directory.is_dir():
+        # Left to pydantic-settings, a mount that is missing would be a server without a key.
+        raise ConfigurationError(f"SSE_SECRETS_DIR: {directory} is no directory.")
+    return directory
+
+
 def load(**options: Any) -> Settings:
-    """Read the settings from the environment; `options` (from the command line) win.
+    """Read the settings: `options` (from the command line) win over the environment, that over
+    ``.env``, and that over the directory of secrets.
 
     Raises:
         ConfigurationError: One sentence that names the setting, never its value.
     """
     try:
-        settings = Settings(**options)
+        secrets_dir = _secrets_dir(options)
+        settings = Settings(_secrets_dir=secrets_dir, **options)
+    except (OSError, UnicodeDecodeError, SettingsError) as exc:
+        raise ConfigurationError(
+            "A file with settings (.env, or one in SSE_SECRETS_DIR) cannot be read: "
+            f"{getattr(exc.__cause__ or exc, 'strerror', None) or 'it is not UTF-8'}."
+        ) from None
     except ValidationError as exc:
         error = exc.errors(include_input=False, include_url=False)[0]
         field = str(error["loc"][0])
-        name = field if field.isupper() else f"SSE_{field.upper()}"
+        name = field if field.isupper() else variable(field)
         raise ConfigurationError(f"{name}: {error['msg']}.") from None
     if settings.demo and not settings.loopback:
         raise ConfigurationError(

@@ -32,6 +32,11 @@ def schema_sql() -> str:
     raise ConfigurationError("schema.sql is missing from this installation.")
 
 
+def schema_version() -> str:
+    """What the database remembers of the schema.sql that was applied last."""
+    return hashlib.sha256(schema_sql().encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRow:
     """A session that is valid now. Times are milliseconds since 1970."""
@@ -237,15 +242,19 @@ class Store:
 
         Several processes may do so at once.
         """
-        sql = schema_sql()
-        version = hashlib.sha256(sql.encode()).hexdigest()
-        if (await self.database.fetch_one(self._q["schema_version"]))[0] == version:
+        version = schema_version()
+        if await self.applied_schema() == version:
             # Without a single lock: a rolling restart must not wait for anybody's transaction.
             return
-        head, commit, _ = sql.rpartition("COMMIT;")
+        head, commit, _ = schema_sql().rpartition("COMMIT;")
         await self.database.execute_script(
             f"{head}COMMENT ON TABLE settings IS '{version}';\n{commit}"
         )
+
+    async def applied_schema(self) -> str | None:
+        """The version that was applied last; `None` if there is no schema."""
+        version = (await self.database.fetch_one(self._q["schema_version"]))[0]
+        return None if version is None else str(version)
 
     async def ping(self) -> None:
         """Raise unless the database answers."""

@@ -1,5 +1,7 @@
 """Sign-in tokens: signed by the application's backend, verified here (JWT, RFC 7519 and RFC 8725).
 
+`sign()` does the backend's part, for trials from the command line; a server never calls it.
+
 The only module that knows PyJWT. Which algorithm is accepted depends on the configured key alone,
 never on what a token says of itself. Nothing of a token is logged or repeated in an answer.
 """
@@ -11,6 +13,7 @@ import json
 import logging
 import math
 import re
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +225,35 @@ class Verifier:
             raise ConfigurationError(f"{name}: {path}: {exc}.") from exc
         self._stamp = stamp
         return keys
+
+
+def sign(settings: Settings, user_id: str, *, seconds: int = 300) -> str:
+    """A token as the application's backend would make it, for one sign-in.
+
+    Args:
+        settings: With a ``jwt_secret`` and an audience.
+        user_id: Who signs in with it.
+        seconds: How long it can be used; at most `LIFETIME_SECONDS`.
+
+    Raises:
+        ConfigurationError: There is no secret here to sign with.
+    """
+    if settings.jwt_secret is None:
+        raise ConfigurationError(
+            "Signing a token needs SSE_JWT_SECRET and SSE_JWT_AUDIENCE as the server has them; "
+            "with a public key or a JWKS only your backend can sign."
+        )
+    key = _secret_key(settings.jwt_secret.get_secret_value())
+    now = int(time.time())
+    claims = {
+        "sub": user_id,
+        "aud": settings.jwt_audience,
+        "iat": now,
+        "exp": now + seconds,
+        "jti": secrets.token_urlsafe(16),
+        **({} if settings.jwt_issuer is None else {"iss": settings.jwt_issuer}),
+    }
+    return jwt.encode(claims, key.key, key.algorithm)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

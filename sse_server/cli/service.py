@@ -42,6 +42,10 @@ def service_add(options: dict[str, Any], name: str, rate: int) -> None:
     """Give a service a key, and print it: it is stored nowhere.
 
     A service that was revoked gets a new one.
+
+    \b
+    Example:
+      sse-server service add billing --rate 60
     """
     key = new_key()
 
@@ -63,7 +67,12 @@ def service_add(options: dict[str, Any], name: str, rate: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
 def service_list(options: dict[str, Any], *, as_json: bool) -> None:
-    """Show all services."""
+    """Show all services.
+
+    \b
+    Example:
+      sse-server service list --json
+    """
 
     async def show(store: Store) -> None:
         services = [
@@ -92,7 +101,12 @@ def service_list(options: dict[str, Any], *, as_json: bool) -> None:
 @click.argument("name", callback=_service_name)
 @click.pass_obj
 def service_revoke(options: dict[str, Any], name: str) -> None:
-    """Make a service's key invalid, from the next request on."""
+    """Make a service's key invalid, from the next request on.
+
+    \b
+    Example:
+      sse-server service revoke billing
+    """
 
     async def revoke(store: Store) -> None:
         if not await store.revoke_service(name):
