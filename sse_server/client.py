@@ -27,6 +27,7 @@ from sse_server.errors import ConfigurationError
 # Timeouts, in seconds
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 15.0
+PROBLEM_SECONDS = 2.0  # for the body of an error
 FIRST_EVENT_SECONDS = 10.0  # a proxy that holds back shows by silence
 HEARTBEATS = 2.5  # without a sign of life for so many, the line is dead
 
@@ -36,6 +37,9 @@ BACKOFF_MOST = 30.0
 
 # Ids that are remembered to drop repeats.
 SEEN = 10_000
+
+# Most that is read of an error's body
+PROBLEM_BYTES = 65_536
 
 # Longest line, in characters; a notification has a few thousand.
 _LINE = 1_000_000
@@ -245,8 +249,10 @@ class Service:
 async def problem_of(response: aiohttp.ClientResponse) -> str:
     """What an answer that is no success says, in one sentence."""
     document: Any = None
-    with contextlib.suppress(ValueError, aiohttp.ClientError, LookupError):
-        document = json.loads(await response.text())
+    # Whatever this is, it may be endless.
+    with contextlib.suppress(ValueError, LookupError, aiohttp.ClientError, TimeoutError):
+        async with asyncio.timeout(PROBLEM_SECONDS):
+            document = json.loads(await response.content.read(PROBLEM_BYTES))
     said = ""
     if isinstance(document, dict):
         said = str(document.get("detail") or document.get("title") or "")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
-from sse_server.cli import reference
+from sse_server.cli import main, reference
 from sse_server.cli.settings import SECTIONS, SET
 from sse_server.cli.settings import markdown as settings_page
 from sse_server.client import Change, ClientError, Event, EventParser, Follower, Service, parse_url
@@ -355,9 +355,9 @@ async def test_tail_ends_with_its_session(
 async def test_tail_signs_in_with_a_token(
     tails: Any, run: Run, server_process: ServerProcessFactory, tmp_path: Path
 ) -> None:
-    """``token`` signs what ``tail --token-file`` signs in with; with the secret, tail signs itself."""
+    """``token`` signs what ``tail --token-file`` takes; with the secret, tail signs one itself."""
     jwt: dict[str, str | None] = {"SSE_JWT_SECRET": SECRET, "SSE_JWT_AUDIENCE": AUDIENCE}
-    server = await server_process(SSE_DEMO="0", **jwt)
+    server = await server_process(wait=True, **{"SSE_DEMO": "0", **jwt})
     result = await run("token", "alice", **jwt)
     assert result.status == 0
     file = tmp_path / "token.txt"
@@ -698,6 +698,6 @@ async def test_completion(words: str, expected: set[str]) -> None:
 
 def test_every_command_has_an_example() -> None:
     """Every help text that is not only a list of commands shows how it is used."""
-    for path, text in reference._commands(reference.main, "sse-server"):
+    for path, text in reference._commands(main, "sse-server"):
         if path not in ("sse-server service", "sse-server sessions"):
             assert "Example:\n    sse-server" in text, path

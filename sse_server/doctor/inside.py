@@ -81,7 +81,12 @@ async def examine_database(
 
 
 async def _listening(operator: Operator, report: Report) -> None:
-    listening = await operator.listening(HEAR_SECONDS)
+    try:
+        listening = await operator.listening(HEAR_SECONDS)
+    except DatabaseError as exc:
+        # A pooler in statement mode, for one, allows no transaction.
+        report.find("notify-lost", f"Trying it failed: {exc}.")
+        return
     if not listening.same_backend:
         report.find(
             "transaction-pooler",
