@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -137,6 +138,8 @@ async def _tls(service: Service, report: Report, context: ssl.SSLContext, limits
     shown = writer.get_extra_info("ssl_object")
     certificate, protocol = shown.getpeercert(), shown.selected_alpn_protocol()
     writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
     left = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
     if left < limits.certificate_days:
         report.find("certificate-expires", f"It is valid for {left:.1f} more days.")
