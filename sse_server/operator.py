@@ -284,7 +284,7 @@ class Operator:
         client meets another backend as soon as somebody holds the first; and nobody hears.
         """
         channel = f"sse_doctor_{secrets.token_hex(8)}"
-        listener = await self.database.connect("sse-server doctor")
+        listener = await self.database.connect_to_listen("sse-server doctor")
         try:
             pid = "SELECT pg_backend_pid()"
             before = await listener.fetch(pid)

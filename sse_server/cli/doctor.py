@@ -27,7 +27,7 @@ from sse_server.tokens import sign
 # Who the doctor signs in as if nobody says.
 USER = "sse-server-doctor"
 
-# A server's connections beside its pool: the one that listens, and one to come back with.
+# A process's connections beside its pool: the one that listens, and one to come back with.
 BESIDE_POOL = 2
 
 
@@ -171,8 +171,10 @@ def _said(what: str) -> None:
 
 
 async def _look_inside(settings: Settings, dsn: str, report: Report, limits: inside.Limits) -> None:
+    listen = settings.listen_database_url
     database = Database(
         dsn,
+        listen_dsn=None if listen is None else listen.get_secret_value(),
         size=1,
         connect_timeout=settings.connect_timeout,
         query_timeout=settings.query_timeout,
@@ -180,7 +182,10 @@ async def _look_inside(settings: Settings, dsn: str, report: Report, limits: ins
     )
     try:
         await inside.examine_database(
-            Store(database), report, limits=limits, connections=settings.pool_size + BESIDE_POOL
+            Store(database),
+            report,
+            limits=limits,
+            connections=settings.workers * (settings.pool_size + BESIDE_POOL),
         )
     finally:
         await database.close()

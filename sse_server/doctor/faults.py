@@ -163,8 +163,8 @@ INSIDE = {
         "Between here and PostgreSQL is a pooler in transaction mode",
         "LISTEN belongs to a connection that the pooler gives to others after each transaction: "
         "feeds hear nothing, and every notification waits for the next sweep of the table.",
-        "Give the service a DATABASE_URL that leads to PostgreSQL itself, or to a pool in session "
-        "mode. Your backends may go on using the pooler.",
+        "Set SSE_LISTEN_DATABASE_URL to what leads to PostgreSQL itself, or to a pool in session "
+        "mode; DATABASE_URL and your backends may go on using the pooler.",
     ),
     "notify-lost": _error(
         "NOTIFY does not arrive",

@@ -31,6 +31,9 @@ from sse_server.doctor.faults import Report
 # What a browser says it takes.
 _BROWSER_ENCODINGS = "gzip, deflate, br, zstd"
 
+# Longest wait for the other side's farewell
+CLOSE_SECONDS = 2.0
+
 # A Date header says whole seconds.
 _DATE_SECONDS = 1.0
 
@@ -138,8 +141,9 @@ async def _tls(service: Service, report: Report, context: ssl.SSLContext, limits
     shown = writer.get_extra_info("ssl_object")
     certificate, protocol = shown.getpeercert(), shown.selected_alpn_protocol()
     writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await writer.wait_closed()
     left = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
     if left < limits.certificate_days:
         report.find("certificate-expires", f"It is valid for {left:.1f} more days.")
