@@ -162,8 +162,8 @@ class Settings(BaseSettings):
     streams_per_address: int = Field(
         0,
         ge=0,
-        description="Most streams of one address (/64 for IPv6); 0 is no limit. Whole companies "
-        "may share an address.",
+        description="Most streams of one address (/64 for IPv6) in each process; 0 is no limit. "
+        "Whole companies may share an address.",
     )
     max_streams: int = Field(
         50_000,

@@ -49,6 +49,10 @@ DEATHS_SECONDS = 60.0
 DELAY_FIRST = 0.5
 DELAY_MOST = 15.0
 
+# What a worker may tell the master
+_READY = b"."
+_MISCONFIGURED = b"!"
+
 # What the master passes on. Blocked over a fork, until the worker has handlers of its own: one that
 # comes in between would end up in a copy of the master's queue, which nobody reads.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -86,8 +90,6 @@ def run(plan: Plan) -> int:
     try:
         _Master(_Application(plan)).run()
     except SystemExit as exc:
-        if exc.code == Arbiter.WORKER_BOOT_ERROR:
-            return EXIT_MISCONFIGURED
         return exc.code if isinstance(exc.code, int) and exc.code >= 0 else EXIT_FAILED
     return 0
 
@@ -134,8 +136,9 @@ class Worker(BaseWorker):
             logging.shutdown()
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            misconfigured = status == EXIT_MISCONFIGURED and self.first
-            os._exit(Arbiter.WORKER_BOOT_ERROR if misconfigured else status)
+            if status == EXIT_MISCONFIGURED and self.first:
+                os.write(self._service.word_end, _MISCONFIGURED)
+            os._exit(status)
 
     def init_signals(self) -> None:
         for number in _NOT_FOR_WORKERS:
@@ -163,7 +166,7 @@ class Worker(BaseWorker):
     def ready(self) -> None:
         """Tell the master that we serve."""
         if self.first:
-            os.write(self._service.ready_end, b".")
+            os.write(self._service.word_end, _READY)
 
 
 class _Application(BaseApplication):
@@ -172,8 +175,9 @@ class _Application(BaseApplication):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.deaths: deque[float] = deque()
-        self.heard_end, self.ready_end = os.pipe()
-        os.set_blocking(self.heard_end, False)
+        # A word from each of the first workers to the master.
+        self.master_end, self.word_end = os.pipe()
+        os.set_blocking(self.master_end, False)
         super().__init__()
 
     def load_config(self) -> None:
@@ -205,12 +209,18 @@ class _Master(Arbiter):
     def __init__(self, app: _Application) -> None:
         super().__init__(app)
         self._service = app
-        self._heard = 0
+        self._ready = 0
+        self._misconfigured = False
         self._stopping = False
 
-    @property
     def _starting(self) -> bool:
-        return self._heard < self._service.plan.count and not self._stopping
+        return self._ready < self._service.plan.count and not self._stopping
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            words = os.read(self._service.master_end, self._service.plan.count)
+            self._ready += words.count(_READY)
+            self._misconfigured |= _MISCONFIGURED in words
 
     def spawn_worker(self) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -227,22 +237,22 @@ class _Master(Arbiter):
         mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
         if self._stopping:
             return
-        if self._starting:
-            raise HaltServer("A worker ended before it served.", EXIT_FAILED)
+        if self._starting():
+            # Not by the exit status that gunicorn has for this: two workers with that status, and
+            # it fails while it stops.
+            self._hear()
+            status = EXIT_MISCONFIGURED if self._misconfigured else EXIT_FAILED
+            raise HaltServer("A worker ended before all of them served.", status)
         self._service.deaths.append(time.monotonic())
         logger.error("worker %s has ended, starting another one", worker.pid)
 
     def wait_for_signals(self, timeout: float | None = 1.0) -> list[int]:
-        if self._starting:
+        if self._starting():
             self._hear()
             timeout = READY_SECONDS
+            if not self._starting():
+                self._service.plan.ready()
         return super().wait_for_signals(timeout)
-
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._heard += len(os.read(self._service.heard_end, self._service.plan.count))
-        if not self._starting:
-            self._service.plan.ready()
 
     def stop(self, graceful: bool = True) -> None:
         self._stopping = True
