@@ -1,11 +1,14 @@
 """From COMMIT to the client: how long a notification is on its way.
 
-    python bench/latency.py [--inserts 1000] [--streams 1] [--dsn URL]
+    python bench/latency.py [--inserts 1000] [--streams 1] [--pause 0.002] [--dsn URL]
+                            [--feed-modes auto,notify --rounds 3]
 
 Starts the server as an operator would (on a PostgreSQL of its own, with its real fsync, unless
 --dsn names a database), opens streams over bare sockets, and inserts one row after the other, each
 in a transaction. The clock of a row starts when COMMIT is sent, so that the commit itself, which
 nobody can be faster than, is in the figure; it is shown on its own, too.
+
+With several modes of the feed (settings.feed_mode) they take turns for as many rounds.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ def percentiles(name: str, seconds: Sequence[float]) -> None:
     )
 
 
-def measure(dsn: str, port: int, inserts: int, streams: int) -> None:
+def measure(dsn: str, port: int, arguments: argparse.Namespace) -> None:
+    inserts, streams = arguments.inserts, arguments.streams
     connection = psycopg2.connect(dsn)
     user_id = f"latency-{secrets.token_hex(4)}"
     keys = [secrets.token_urlsafe(32) for _ in range(streams)]
@@ -102,7 +106,7 @@ def measure(dsn: str, port: int, inserts: int, streams: int) -> None:
             connection.commit()
             commits.append(time.perf_counter() - start)
             begun.append(start)
-            time.sleep(0.002)  # single notifications, not a burst
+            time.sleep(arguments.pause)  # single notifications, not a burst
     deadline = time.monotonic() + 10
     while any(len(reader.arrived) < inserts for reader in readers):
         if time.monotonic() > deadline:
@@ -120,7 +124,22 @@ def measure(dsn: str, port: int, inserts: int, streams: int) -> None:
     )
 
 
-def serve(dsn: str, inserts: int, streams: int) -> None:
+def set_mode(dsn: str, mode: str) -> None:
+    connection = psycopg2.connect(dsn)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("UPDATE settings SET feed_mode = %s, polling_until = '-infinity'", (mode,))
+    connection.close()
+
+
+def take_turns(dsn: str, arguments: argparse.Namespace) -> None:
+    for number in range(arguments.rounds):
+        for mode in arguments.feed_modes.split(","):
+            set_mode(dsn, mode)
+            print(f"feed_mode {mode}, round {number + 1}")
+            serve(dsn, arguments)
+
+
+def serve(dsn: str, arguments: argparse.Namespace) -> None:
     environment = {name: os.environ[name] for name in os.environ if not name.startswith("SSE_")}
     environment |= {"DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as directory:
@@ -135,7 +154,7 @@ def serve(dsn: str, inserts: int, streams: int) -> None:
             assert process.stdout is not None
             for line in process.stdout:
                 if found := re.search(r"listening on http://\S+:(\d+)", line):
-                    measure(dsn, int(found[1]), inserts, streams)
+                    measure(dsn, int(found[1]), arguments)
                     break
             else:
                 sys.exit("the server does not start")
@@ -148,10 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inserts", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=1, help="of one user, at most 20")
+    parser.add_argument("--pause", type=float, default=0.002, help="seconds between inserts")
+    parser.add_argument("--feed-modes", default="auto", help="of auto, notify, poll")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dsn", help="a database whose rate limit may be switched off")
     arguments = parser.parse_args()
     if arguments.dsn:
-        serve(arguments.dsn, arguments.inserts, arguments.streams)
+        take_turns(arguments.dsn, arguments)
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         Path(directory).chmod(0o755)  # root runs PostgreSQL as another account
@@ -163,7 +185,7 @@ def main() -> None:
             with connection.cursor() as cursor:
                 cursor.execute(schema_sql())
             connection.close()
-            serve(dsn, arguments.inserts, arguments.streams)
+            take_turns(dsn, arguments)
         finally:
             postgres.stop()
 

@@ -376,9 +376,12 @@ SELECT * FROM unnest(%(actors)s::text[], %(actions)s::text[], %(user_ids)s::text
 -- One page of a walk along the primary key: whether this process may (one at a time), how many rows
 -- it looked at, the last of them, how many were old, how many are gone. Rows that somebody has
 -- locked are left for the next walk: waiting for them could deadlock with a user's "mark all read".
+-- The commit does not wait for the disk, where writers' commits queue: what a crash brings back is
+-- deleted again.
 -- name: delete_old_notifications
 WITH turn AS MATERIALIZED (
-    SELECT pg_try_advisory_xact_lock(7095164721844) AS mine
+    SELECT pg_try_advisory_xact_lock(7095164721844) AS mine,
+           set_config('synchronous_commit', 'off', true)
 ), page AS MATERIALIZED (
     SELECT n.id, n.created_at < statement_timestamp() - make_interval(days => s.retention_days)
                AS old
@@ -399,7 +402,8 @@ SELECT (SELECT mine FROM turn), (SELECT count(*) FROM page), (SELECT max(id) FRO
 
 -- name: delete_old_audit
 WITH turn AS MATERIALIZED (
-    SELECT pg_try_advisory_xact_lock(7095164721844) AS mine
+    SELECT pg_try_advisory_xact_lock(7095164721844) AS mine,
+           set_config('synchronous_commit', 'off', true)
 ), page AS MATERIALIZED (
     SELECT a.id, a.at < statement_timestamp() - make_interval(days => s.retention_days) AS old
       FROM turn t

@@ -1,6 +1,6 @@
 """Housekeeping: what has had its time is deleted, in small steps that nobody notices.
 
-Each step is a transaction of its own, and there is a pause after it: a step that deletes a thousand
+Each step is a transaction of its own, and there is a pause after it: a step that deletes 500
 rows takes some milliseconds, and an INSERT never waits for it (a DELETE locks only the rows that it
 deletes). A database that is away is no reason to stop; what is left is deleted later.
 """
@@ -20,7 +20,7 @@ from sse_server.store import Store
 logger = logging.getLogger(__name__)
 
 # Rows in one step, and the pause after it in seconds.
-BATCH_ROWS = 1000
+BATCH_ROWS = 500
 PAUSE_SECONDS = 0.1
 
 # How often, in seconds, each ± 10 %, so that the nodes of a cluster do not all come at once.
