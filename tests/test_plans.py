@@ -42,6 +42,7 @@ def full(cluster: EmbeddedPostgres) -> Iterator[Connection]:
 
 def explain(db: Connection, query: str, params: Any) -> dict[str, Any]:
     """The plan of a query that is really run, and then undone."""
+    row: tuple[Any, ...] | None = None
     fetch(db, "BEGIN")
     try:
         with db.cursor() as cursor:

@@ -145,6 +145,19 @@ async def test_it_waits_for_no_row_and_no_insert_waits_for_it(
     assert free not in ids(db)
 
 
+@pytest.mark.parametrize("what", ["notifications", "audit"])
+async def test_it_does_not_wait_for_the_disk(store: Store, dsn: str, what: str) -> None:
+    """A batch's commit leaves the disk to the writers; the next on its connection does not."""
+    db = connect(dsn)
+    db.autocommit = False
+    with db.cursor() as cursor:
+        cursor.execute(store._q[f"delete_old_{what}"], {"after": 0, "limit": 10})
+    assert query(db, "SHOW synchronous_commit") == [("off",)]
+    db.commit()
+    assert query(db, "SHOW synchronous_commit") == [("on",)]
+    db.close()
+
+
 async def test_inserts_are_not_slowed_down(store: Store, db: Connection, dsn: str) -> None:
     """While 20,000 rows are deleted, no insert takes long."""
     without_rate_limit(db)
