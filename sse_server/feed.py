@@ -51,6 +51,9 @@ TURN_SECONDS = 0.01
 # Commits of notifications per second from which on feeds poll, and below which, if it lasts, they
 # are notified again. Two thresholds and a delay, so that a load in between does not toggle.
 POLL_ABOVE = 400.0
+# Or so many writers that wait for one another at the moment of deciding: with a slow disk they
+# never reach that rate, because each holds the lock until its commit is on it.
+POLL_ABOVE_WAITING = 4
 NOTIFY_BELOW = 150.0
 NOTIFY_AFTER_SECONDS = 5.0
 
@@ -390,7 +393,7 @@ class Feed:
 
     async def _resume_mode(self, connection: Connection) -> None:
         """After LISTEN: whatever the mode became while nobody here listened."""
-        _, polls = await self._store.feed_mode(connection)
+        _, polls, _ = await self._store.feed_mode(connection)
         if polls:
             self._set_polling(polling=True)
         else:
@@ -402,7 +405,7 @@ class Feed:
         rate = self._commits / max(now - self._decided_at, DECIDE_SECONDS)
         self._commits = 0
         self._decided_at = now
-        mode, polls = await self._store.feed_mode(connection)
+        mode, polls, waiting = await self._store.feed_mode(connection)
         active = self._polling and not self._leaving
         if mode == "auto" and active:
             if rate >= NOTIFY_BELOW:
@@ -411,7 +414,8 @@ class Feed:
                 self._quiet_since = now
             wanted = self._quiet_since is None or now - self._quiet_since < NOTIFY_AFTER_SECONDS
         else:
-            wanted = mode == "poll" or (mode == "auto" and rate >= POLL_ABOVE)
+            crowded = rate >= POLL_ABOVE or waiting >= POLL_ABOVE_WAITING
+            wanted = mode == "poll" or (mode == "auto" and crowded)
         if wanted:
             await self._store.feed_poll(connection, LEASE_SECONDS)
             if not active:

@@ -165,8 +165,15 @@ SELECT channel FROM settings
 -- name: notify
 SELECT channel, pg_notify(%(channel)s, '') IS NULL FROM settings
 
+-- Also how many of this database's transactions wait to notify. They wait for a lock on database 0,
+-- which stands for all of them.
 -- name: feed_mode
-SELECT feed_mode, polling_until > clock_timestamp() FROM settings
+SELECT feed_mode, polling_until > clock_timestamp(),
+       (SELECT count(*)
+          FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+         WHERE NOT l.granted AND l.locktype = 'object' AND l.classid = 'pg_database'::regclass
+           AND l.objid = 0 AND a.datname = current_database())
+  FROM settings
 
 -- One commit both stops the triggers and tells all feeds to poll: whoever does not notify has seen
 -- it, and by then the feeds have heard. Prolonging needs no words.

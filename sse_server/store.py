@@ -461,10 +461,11 @@ class Store:
         found = None if id is None else Newest(id, xact)
         return Start(Snapshot(snapshot).lasting(xact or 0), found, same)
 
-    async def feed_mode(self, connection: Connection) -> tuple[str, bool]:
-        """Returns: ``settings.feed_mode``, and whether feeds are to poll now."""
+    async def feed_mode(self, connection: Connection) -> tuple[str, bool, int]:
+        """Returns: ``settings.feed_mode``, whether feeds are to poll now, and how many transactions
+        wait to notify."""
         row = (await connection.fetch(self._q["feed_mode"]))[0]
-        return row[0], row[1]
+        return row[0], row[1], row[2]
 
     async def feed_poll(self, connection: Connection, seconds: float) -> None:
         """For so long from now, let triggers be silent and all feeds poll."""

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -505,3 +506,38 @@ async def test_ten_thousand_recipients_reach_a_thousand_streams(
             assert 1 < len(announced()) < 100
     finally:
         listener.close()
+
+
+async def test_writers_that_wait_for_one_another_make_it_poll(
+    settings: SettingsFactory,
+    db: Connection,
+    dsn: str,
+    cluster: EmbeddedPostgres,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """However few commits they reach together, writers that queue to notify make it poll."""
+    monkeypatch.setattr(feed_module, "POLL_ABOVE", float("inf"))
+    monkeypatch.setattr(feed_module, "POLL_ABOVE_WAITING", 1)
+    monkeypatch.setattr(feed_module, "DECIDE_SECONDS", 0.02)
+    without_rate_limit(db)
+    script = tmp_path / "insert.sql"
+    script.write_text(
+        "INSERT INTO notifications (user_id, event_type, message) "
+        "VALUES ('ada', 'new_message', 'x')"
+    )
+    async with running(settings(**NO_SWEEP)):
+        writers = await asyncio.create_subprocess_exec(
+            cluster.psql.with_name("pgbench"),
+            *("--no-vacuum", "--client=16", "--time=60", f"--file={script}", dsn),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            await eventually(
+                lambda: query(db, "SELECT polling_until > now() FROM settings") == [(True,)],
+                timeout=30,
+            )
+        finally:
+            writers.kill()
+            await writers.wait()
