@@ -199,8 +199,9 @@ def cases(db: Connection, size: Size) -> Iterator[Case]:
     yield case("unread_counts", "notifications_unread_idx", user_ids=[typical])
     yield case("unread_counts", "notifications_unread_idx", 120, "heavy", user_ids=[heavy])
 
-    # LISTEN
     yield case("feed_start", "notifications_xact_idx", 30, id=size.rows, xact=last)
+    yield case("channel")
+    yield case("notify", channel="nobody")
     yield case("feed_mode")
     yield case("feed_poll", seconds=3.0)
     yield case("feed_notify")
