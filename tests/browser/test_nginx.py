@@ -257,10 +257,12 @@ class Caddy(Proxy):
         cert, key = self._certificate["SSE_TLS_CERT"], self._certificate["SSE_TLS_KEY"]
         # No port for a redirect, none for administration.
         site = replace(site, "(grace_period .*)", r"\g<2>\n auto_https off\n admin off")
-        site = replace(site, r"push\.example\.com {", f"{self.url} {{\n tls {cert} {key}")
+        site = replace(
+            site, r"{\$SSE_SITE:push\.example\.com} {", f"{self.url} {{\n tls {cert} {key}"
+        )
         site = replace(
             site,
-            r"reverse_proxy 127\.0\.0\.1:8080 {",
+            r"reverse_proxy {\$SSE_UPSTREAMS:127\.0\.0\.1:8080} {",
             f"reverse_proxy {' '.join(urlsplit(server).netloc for server in servers)} {{",
         )
         self.write("Caddyfile", site)
