@@ -46,6 +46,11 @@ check: .venv/installed-dev ## Check format, style, types and the layers of the m
 	$(python) -m mypy
 	$(python) -c 'import sys; sys.path.insert(0, "."); from importlinter.cli import lint_imports_command; lint_imports_command()'
 
+.PHONY: docs
+docs: .venv/installed-docs ## Build the documentation into build/site; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs --quiet build --strict
+	@echo "Open build/site/index.html"
+
 .PHONY: venv
 venv: .venv/installed-dev ## Build .venv with all that developing needs
 
@@ -62,6 +67,11 @@ clean: ## Remove .venv and what the tools leave behind
 .venv/installed-dev: .venv/installed
 	@echo "Installing the development tools into .venv"
 	@$(pip) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "Installing the tools for the documentation into .venv"
+	@$(pip) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 .venv/checkout:
