@@ -48,7 +48,7 @@ check: .venv/installed-dev ## Check format, style, types and the layers of the m
 
 .PHONY: docs
 docs: .venv/installed-docs ## Build the documentation into build/site; any warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
 .PHONY: venv

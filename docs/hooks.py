@@ -2,7 +2,7 @@
 
 * Mermaid, which draws the diagrams, becomes part of the site. The theme would load it from a CDN.
 * Files of the repository that a page links to (``../deploy/nginx.conf``) become part of it as well,
-  below ``source/``. A link to one that is not there stays as it is, and fails the strict build.
+  below ``source/``. A link to one that is not there fails the strict build.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def _target(page: str, path: str) -> Path | None:
     if not found.startswith("../"):
         return None
     file = (ROOT / "docs" / found).resolve()
-    return file if file.is_file() and file.is_relative_to(ROOT) else None
+    if file.is_file() and file.is_relative_to(ROOT):
+        return file
+    logger.warning("Doc file '%s' contains a link '%s', which leads to no file.", page, path)
+    return None
 
 
 def on_files(files: Files, *, config: Any) -> Files:
