@@ -28,7 +28,7 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from sse_server.app import create_app
 from sse_server.config import Settings
 from sse_server.sessions import COOKIE
-from sse_server.stream import FINISH_SECONDS
+from sse_server.wire import FINISH_SECONDS
 from tests.browser.test_nginx import Nginx, hang_up
 from tests.conftest import (
     ROOT,
