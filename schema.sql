@@ -246,6 +246,10 @@ CREATE INDEX IF NOT EXISTS publications_created_at_idx ON publications (created_
 CREATE INDEX IF NOT EXISTS audit_log_user_id_idx ON audit_log (user_id, id)
     WHERE user_id IS NOT NULL;
 
+-- explain.
+CREATE INDEX IF NOT EXISTS audit_log_notification_id_idx ON audit_log (notification_id)
+    WHERE notification_id IS NOT NULL;
+
 ---------------------------------------------------------------------------------------------------
 -- Views
 ---------------------------------------------------------------------------------------------------
@@ -350,8 +354,14 @@ BEGIN
     ELSE
         RETURN NEW;
     END IF;
-    INSERT INTO audit_log (actor, action, user_id, event_type, outcome)
-    VALUES (audit_actor(NEW.source), 'send', left(NEW.user_id, 255), NEW.event_type, result);
+    -- The id is used up, and by it operators ask what became of the notification.
+    INSERT INTO audit_log (actor, action, user_id, event_type, notification_id, outcome, detail)
+    VALUES (audit_actor(NEW.source), 'send', left(NEW.user_id, 255), NEW.event_type, NEW.id, result,
+            CASE WHEN result <> 'suppressed' THEN '{}'
+                 WHEN EXISTS (SELECT FROM user_preferences p
+                               WHERE p.user_id = NEW.user_id AND p.event_type = NEW.event_type)
+                 THEN '{"preference": "user"}'
+                 ELSE '{"preference": "default"}' END::jsonb);
     RETURN NULL;
 END
 $$;

@@ -11,7 +11,16 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp_session import session_middleware
 
-from sse_server.api import notifications, openapi, operations, preferences, publish, session
+from sse_server import spans
+from sse_server.api import (
+    notifications,
+    openapi,
+    operations,
+    ops,
+    preferences,
+    publish,
+    session,
+)
 from sse_server.audit import AUDIT, Audit
 from sse_server.config import Settings
 from sse_server.database import Database
@@ -22,6 +31,7 @@ from sse_server.limits import LIMITS, Limits, limited
 from sse_server.metrics import Metrics
 from sse_server.middleware import (
     Headers,
+    Observer,
     errors,
     loopback_host,
     same_site,
@@ -97,6 +107,7 @@ def create_app(settings: Settings) -> web.Application:
     Raises:
         ConfigurationError: There is no database to use, or a key cannot be used.
     """
+    spans.enable()
     metrics = Metrics()
     store = _store(settings)
     hub = Hub(
@@ -112,8 +123,10 @@ def create_app(settings: Settings) -> web.Application:
     storage = PostgresStorage(
         store, seconds=settings.session_seconds, cross_site=bool(settings.allowed_origins)
     )
+    observer = Observer(metrics, settings.trusted_proxies)
     app = web.Application(
         middlewares=[
+            observer.middleware,
             trusted_proxies(settings.trusted_proxies),
             errors,
             *([loopback_host] if settings.demo else []),
@@ -130,15 +143,19 @@ def create_app(settings: Settings) -> web.Application:
         anonymous_calls=settings.anonymous_calls_per_minute,
         sign_ins=settings.sign_ins_per_minute,
         refused=partial(_over_limit, audit),
+        metrics=metrics,
     )
     app[AUDIT] = audit
     app[LIMITS] = limits
     app[SERVICES] = Services(store, limits, audit, link_hosts=settings.link_hosts)
-    app[openapi.DOCUMENT] = openapi.document(demo=settings.demo)
+    app[openapi.DOCUMENT] = openapi.document(
+        demo=settings.demo, operator=settings.operator_key is not None
+    )
     app[SETTINGS] = settings
     app[SUPERVISOR] = Supervisor()
     app[notifications.STORE] = store
-    app[operations.FEED] = Feed(store, hub, metrics, probe_seconds=settings.probe_seconds)
+    feed = app[operations.FEED] = Feed(store, hub, metrics, probe_seconds=settings.probe_seconds)
+    app[operations.GAUGES] = operations.Gauges(metrics, hub, feed, store.database)
     app[operations.HUB] = hub
     app[operations.METRICS] = metrics
     app[STORAGE] = storage
@@ -153,16 +170,19 @@ def create_app(settings: Settings) -> web.Application:
         slow_seconds=settings.slow_seconds,
         send_timeout=settings.send_timeout,
     )
+    if settings.operator_key is not None:
+        app[ops.OPERATORS] = ops.Operators(settings.operator_key.get_secret_value())
+    app.on_response_prepare.append(observer.prepared)
     app.on_response_prepare.append(Headers(settings.allowed_origins, framed_page=settings.demo))
     app.cleanup_ctx.append(_running)
     # Not in cleanup_ctx: aiohttp waits for the handlers before it comes to that, and streams do
     # not end by themselves.
     app.on_shutdown.append(_drain)
-    _add_routes(app, demo=settings.demo)
+    _add_routes(app, demo=settings.demo, operators=settings.operator_key is not None)
     return app
 
 
-def _add_routes(app: web.Application, *, demo: bool) -> None:
+def _add_routes(app: web.Application, *, demo: bool, operators: bool) -> None:
     app.add_routes(
         [
             web.get("/api/stream", stream, allow_head=False),
@@ -186,6 +206,17 @@ def _add_routes(app: web.Application, *, demo: bool) -> None:
             web.static("/static", static_dir()),
         ]
     )
+    if operators:
+        app.add_routes(
+            [
+                web.get("/ops", _operators_page),
+                web.post("/ops/api/session", ops.sign_in),
+                web.delete("/ops/api/session", ops.sign_out),
+                web.get("/ops/api/state", ops.state, allow_head=False),
+                web.get("/ops/api/audit", ops.recent_audit, allow_head=False),
+                web.get("/ops/api/notifications/{id}", ops.explain, allow_head=False),
+            ]
+        )
     if demo:
         app.add_routes(
             [
@@ -205,6 +236,11 @@ async def _docs(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(static_dir() / "openapi.html", headers={"Cache-Control": "no-cache"})
 
 
+async def _operators_page(request: web.Request) -> web.StreamResponse:
+    """GET /ops: the operators' page; what it shows needs the key."""
+    return web.FileResponse(static_dir() / "ops.html", headers={"Cache-Control": "no-cache"})
+
+
 async def _running(app: web.Application) -> AsyncIterator[None]:
     store = app[notifications.STORE]
     supervisor = app[SUPERVISOR]
@@ -217,7 +253,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     supervisor.start("feed", app[operations.FEED].run())
     supervisor.start("clock", _clock(app[operations.HUB]))
     supervisor.start("limits", app[LIMITS].run())
-    supervisor.start("retention", Retention(store).run())
+    supervisor.start("retention", Retention(store, app[operations.METRICS]).run())
+    supervisor.start("gauges", app[operations.GAUGES].run())
     yield
     await supervisor.stop()
     await app[AUDIT].close()

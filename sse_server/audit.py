@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from sse_server.errors import DatabaseError
+from sse_server.logs import JSON_MESSAGE
 from sse_server.store import AuditRow, Store
 from sse_server.tasks import Batcher
 
@@ -61,7 +62,7 @@ def line(members: dict[str, object]) -> None:
     at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     present = {name: value for name, value in members.items() if value is not None}
     # In ASCII: nothing in a user's id may look like a line or a terminal's control sequence.
-    logger.info("%s", json.dumps({"at": at, **present}))
+    logger.info("%s", json.dumps({"at": at, **present}), extra={JSON_MESSAGE: "audit"})
 
 
 class Audit:

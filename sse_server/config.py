@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
@@ -18,6 +18,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 from sse_server.errors import ConfigurationError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Nobody guesses one of these, if it is random: openssl rand -hex 32.
+OPERATOR_KEY_CHARACTERS = 32
 
 # Neither "*" nor "null", and international names in punycode, as browsers send them.
 _ORIGIN = re.compile(
@@ -218,6 +221,18 @@ class Settings(BaseSettings):
 
     # Logging
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto",
+        description="text for people, json (an object per line) for machines; auto is text on a "
+        "terminal.",
+    )
+
+    # Operators
+    operator_key: SecretStr | None = Field(
+        None,
+        description="Key of at least 32 characters that lets operators in at /ops; without it "
+        "there is no such page.",
+    )
 
     # Secrets
     secrets_dir: Path | None = Field(
@@ -242,6 +257,13 @@ class Settings(BaseSettings):
     @classmethod
     def _origins(cls, value: frozenset[str]) -> frozenset[str]:
         return frozenset(_origin(text) for text in value)
+
+    @field_validator("operator_key", mode="after")
+    @classmethod
+    def _long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < OPERATOR_KEY_CHARACTERS:
+            raise ValueError(f"the key needs at least {OPERATOR_KEY_CHARACTERS} characters")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -344,6 +344,7 @@ class Database:
         self._idle: list[Connection] = []
         self._places = asyncio.Semaphore(size)
         self._in_use = 0
+        self._waiting = 0
         self._closed = False
 
     @property
@@ -355,6 +356,16 @@ class Database:
     def listens_as_the_pool(self) -> bool:
         """Whether what listens takes the same way as the pool."""
         return self._listen_dsn is None
+
+    @property
+    def size(self) -> int:
+        """Most connections of the pool."""
+        return self._size
+
+    @property
+    def waiting(self) -> int:
+        """Queries that wait for a connection."""
+        return self._waiting
 
     async def connect(self, application_name: str | None = None) -> Connection:
         """A connection outside of the pool, which the caller closes."""
@@ -379,11 +390,14 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _acquire(self, *, fresh: bool = False) -> AsyncIterator[Connection]:
+        self._waiting += 1
         try:
             async with asyncio.timeout(self._query_timeout):
                 await self._places.acquire()
         except TimeoutError as exc:
             raise DatabaseUnavailable("all database connections are busy") from exc
+        finally:
+            self._waiting -= 1
         self._in_use += 1
         try:
             connection: Connection | None = None

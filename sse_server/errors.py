@@ -84,6 +84,10 @@ class RevokedKey(InvalidKey):
     slug, title = "revoked-key", "This service key has been revoked"
 
 
+class NotOperator(ServiceError):
+    status, slug, title = 401, "not-an-operator", "No valid operator key"
+
+
 class Forbidden(ServiceError):
     status, slug, title = 403, "forbidden", "Forbidden"
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from sse_server import events
+from sse_server import events, spans
 from sse_server.database import Connection
 from sse_server.errors import DatabaseError
 from sse_server.events import Closing, Notification
@@ -95,6 +95,8 @@ class Feed:
         self._probe_seconds = probe_seconds
         self._fetch_rows = fetch_rows
         self._connection: Connection | None = None
+        # When anything last came from the database, in seconds since 1970.
+        self.heard_at = 0.0
         # That of the last sweep, and the newest row then.
         self._snapshot = NOTHING
         self._newest: Newest | None = None
@@ -146,6 +148,8 @@ class Feed:
             connection.close()
             raise
         self._hub.advance(self._snapshot)
+        self._metrics.feed_swept_at.set_to_current_time()
+        self.heard_at = time.time()
         self._set(connection)
 
     def _set(self, connection: Connection | None) -> None:
@@ -255,6 +259,7 @@ class Feed:
 
     async def _on_payload(self, connection: Connection, payload: str) -> None:
         self._metrics.payloads.inc()
+        self.heard_at = time.time()
         try:
             message = json.loads(payload)
             kind = message["t"]
@@ -297,7 +302,13 @@ class Feed:
             await self._fetch(connection, ids)
 
     def _publish(self, notification: Notification) -> int:
-        written = self._hub.publish(notification)
+        if spans.tracer is None:
+            written = self._hub.publish(notification)
+        else:
+            with spans.span("dispatch", notification_id=notification.id) as span:
+                written = self._hub.publish(notification)
+                if span is not None:
+                    span.set_attribute("sse.streams_written", written)
         if written:
             self._metrics.deliveries.inc(written)
             self._metrics.latency.observe(max(0.0, time.time() - notification.created_ms / 1000))
@@ -359,6 +370,8 @@ class Feed:
         # Only as far as a crash of the database cannot make it untrue.
         self._snapshot = snapshot.lasting(0 if page.newest is None else page.newest.xact)
         self._hub.advance(self._snapshot)
+        self._metrics.feed_swept_at.set_to_current_time()
+        self.heard_at = time.time()
         if self._leaving:
             if self._left is None:
                 self._left = snapshot

@@ -20,6 +20,7 @@ from sse_server import events
 from sse_server.events import Closing, Notification
 from sse_server.metrics import Metrics
 from sse_server.snapshot import NOTHING, Snapshot
+from sse_server.trace import Trace
 
 # Short enough that a stream ends well within a second of its session.
 TICKS_PER_SECOND = 4
@@ -46,6 +47,7 @@ class Stream:
         "deadline_reason",
         "dirty",
         "keeper",
+        "lagging",
         "live",
         "number",
         "opened_at",
@@ -73,6 +75,8 @@ class Stream:
         self.live = False
         # Something has been announced that the running replay may not have seen.
         self.dirty = False
+        # It was live, and replays because its client was slow.
+        self.lagging = False
         # Why it is to end; from then on nothing more is written.
         self.closing: Closing | None = None
         # While replaying: what this snapshot shows of the user's rows has been sent, and `seen`.
@@ -157,6 +161,7 @@ class Hub:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
+        self.trace = Trace()
         self.draining = False
         # That of the feed's last sweep: every row that it shows has been dispatched.
         self.snapshot = NOTHING
@@ -195,6 +200,11 @@ class Hub:
     def users(self) -> list[str]:
         """The users who have a stream here."""
         return list(self._users)
+
+    def streams_of(self, user_id: str) -> int:
+        """How many streams this user has here."""
+        user = self._users.get(user_id)
+        return 0 if user is None else len(user.streams)
 
     def wants(self, user_id: str) -> bool:
         """Whether anything for this user is of interest here."""
@@ -318,12 +328,13 @@ class Hub:
             self._recent.add(notification.user_id)
         cast(dict[int, int], user.recent)[notification.id] = notification.xact
         frame: bytes | None = None
-        written = 0
+        written = waiting = 0
         for stream in user.streams:
             if stream.seen and notification.id in stream.seen:
                 continue  # by its replay, before the announcement came
             if not stream.live:
                 stream.dirty = True
+                waiting += 1
                 continue
             transport = stream.transport
             assert transport is not None
@@ -332,12 +343,14 @@ class Hub:
                 continue
             if transport.get_write_buffer_size() > self.room:
                 self._lag(stream, user, notification.id)
+                waiting += 1
                 continue
             if frame is None:
                 frame = events.notification(notification)
             transport.write(events.unchunk(frame) if stream.plain else frame)
             stream.sent += 1
             written += 1
+        self.trace.published(notification.id, written, waiting)
         return written
 
     def control(self, user_id: str, frame: bytes) -> None:
@@ -360,6 +373,7 @@ class Hub:
 
     def _lag(self, stream: Stream, user: _User, announced: int) -> None:
         stream.live = False
+        stream.lagging = True
         stream.dirty = True
         # Until now it was written all that has been dispatched: by the last sweep and before, and
         # since then, but for this one.
@@ -397,6 +411,7 @@ class Hub:
             seen[notification.id] = notification.xact
         stream.write(events.notification(notification))
         stream.sent += 1
+        self.trace.replayed(notification.id)
 
     def go_live(self, stream: Stream) -> bool:
         """Switch a stream that has written everything its pass saw to live, if that is all.
@@ -410,6 +425,7 @@ class Hub:
             stream.dirty = False
             return False
         stream.live = True
+        stream.lagging = False
         stream.base = None
         self._prune(stream)
         return True

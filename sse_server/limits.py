@@ -20,6 +20,7 @@ from aiohttp_session import get_session
 from aiolimiter import AsyncLimiter
 
 from sse_server.errors import TooManyRequests
+from sse_server.metrics import Metrics
 
 # Seconds in which a full bucket runs empty: limits are per minute.
 PERIOD = 60.0
@@ -29,6 +30,9 @@ MOST_REPORTED = 1000
 
 # Called with the name of the limit, the key, and how many refusals (more) there were.
 Refused = Callable[[str, str, int], None]
+
+# Called for each refusal.
+Counted = Callable[[], None]
 
 
 class Limit:
@@ -45,6 +49,7 @@ class Limit:
         *,
         period: float = PERIOD,
         refused: Refused | None = None,
+        refusals: Counted | None = None,
     ) -> None:
         """
         Args:
@@ -53,11 +58,13 @@ class Limit:
             period: Seconds.
             refused: Told of the first refusal of a key in a period at once, and of the others
                 together at its end. A flood must not become a flood of records.
+            refusals: Counts each.
         """
         self.name = name
         self.rate = rate
         self.period = period
         self._refused = refused
+        self._counted = refusals
         # Used in this period, and in the one before; see rotate().
         self._buckets: dict[str, AsyncLimiter] = {}
         self._older: dict[str, AsyncLimiter] = {}
@@ -131,6 +138,8 @@ class Limit:
         return bucket
 
     def _report(self, key: str) -> None:
+        if self._counted is not None:
+            self._counted()
         count = self._refusals[key] = self._refusals.get(key, 0) + 1
         if count == 1 and len(self._refusals) <= MOST_REPORTED and self._refused is not None:
             self._refused(self.name, key, 1)
@@ -164,6 +173,7 @@ class Limits:
         sign_ins: float = 60,
         refused: Refused | None = None,
         period: float = PERIOD,
+        metrics: Metrics | None = None,
     ) -> None:
         """
         Args:
@@ -173,14 +183,18 @@ class Limits:
             refused: As for `Limit`; the key is that of `Audit`: ``user:ID``, ``address:IP``,
                 ``service:NAME``.
             period: Seconds, in place of a minute.
+            metrics: Where refusals are counted.
         """
         self._period = period
-        self.users = Limit("API calls", api_calls, period=period, refused=refused)
-        self.anonymous = Limit(
-            "calls without a session", anonymous_calls, period=period, refused=refused
-        )
-        self.sign_ins = Limit("sign-in attempts", sign_ins, period=period, refused=refused)
-        self.services = Limit("publishing", 600, period=period, refused=refused)
+
+        def limit(name: str, rate: float, label: str) -> Limit:
+            counted = None if metrics is None else metrics.refusals.labels(label).inc
+            return Limit(name, rate, period=period, refused=refused, refusals=counted)
+
+        self.users = limit("API calls", api_calls, "api_calls")
+        self.anonymous = limit("calls without a session", anonymous_calls, "anonymous_calls")
+        self.sign_ins = limit("sign-in attempts", sign_ins, "sign_ins")
+        self.services = limit("publishing", 600, "publishing")
         # Whose session a key (its hash) is, of those used lately; see may_open_stream().
         self._sessions: dict[bytes, str] = {}
         self._older_sessions: dict[bytes, str] = {}

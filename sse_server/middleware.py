@@ -8,11 +8,14 @@ import json
 import logging
 import math
 import re
+import secrets
+import time
 from collections.abc import Collection, Sequence
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from sse_server import spans
 from sse_server.config import Network
 from sse_server.errors import (
     BadRequest,
@@ -25,6 +28,8 @@ from sse_server.errors import (
     UnsupportedMediaType,
     WrongHost,
 )
+from sse_server.logs import REQUEST_ID
+from sse_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,15 @@ _SESSION = "/api/session"
 # Set on the request as aiohttp knows it, for on_response_prepare: that is not given the clone.
 _SECURE = web.RequestKey("secure", bool)
 
+# Likewise.
+_X_REQUEST_ID = "X-Request-ID"
+_REQUEST_ID = web.RequestKey("request_id", str)
+_ARRIVED = web.RequestKey("arrived", float)
+_SPAN = web.RequestKey("span", object)
+
+# It goes into logs.
+_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,64}", re.ASCII)
+
 
 def problem(error: ServiceError) -> web.Response:
     """The error as a problem document (RFC 9457). `type` is stable; `detail` is for reading."""
@@ -63,6 +77,10 @@ def problem(error: ServiceError) -> web.Response:
     if error.detail:
         document["detail"] = error.detail
     document.update(error.members)
+    request_id = REQUEST_ID.get()
+    if error.status >= 500 and request_id is not None:
+        # By which the operator finds what the log says about it.
+        document["request_id"] = request_id
     response = web.Response(
         status=error.status, text=json.dumps(document), content_type=PROBLEM_JSON
     )
@@ -172,17 +190,76 @@ class Headers:
             response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
 
 
+def _trusted(address: str | None, networks: Sequence[Network]) -> bool:
+    try:
+        ip = ipaddress.ip_address(address or "")
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return any(ip in network for network in networks)
+
+
+class Observer:
+    """Gives every request an id, a span, and a place in the metrics; around all other middlewares.
+
+    `prepared` is for ``on_response_prepare``: a stream's head is on its way long before its end.
+    """
+
+    def __init__(self, metrics: Metrics, networks: Sequence[Network]) -> None:
+        """
+        Args:
+            metrics: Where answers are counted.
+            networks: Of the proxies whose ``X-Request-ID`` is taken, if it is well-formed.
+        """
+        self._metrics = metrics
+        self._networks = networks
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        request_id = request.headers.get(_X_REQUEST_ID, "")
+        if not (
+            _ID.fullmatch(request_id)
+            and self._networks
+            and _trusted(request.remote, self._networks)
+        ):
+            request_id = secrets.token_hex(8)
+        request[_REQUEST_ID] = request_id
+        request[_ARRIVED] = time.perf_counter()
+        token = REQUEST_ID.set(request_id)
+        try:
+            with spans.request(request.method, _template(request), request.headers) as span:
+                request[_SPAN] = span
+                try:
+                    return await handler(request)
+                except BaseException:
+                    spans.unanswered(span)
+                    raise
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def prepared(self, request: web.Request, response: web.StreamResponse) -> None:
+        arrived = request.get(_ARRIVED)
+        if arrived is None:  # no request of ours
+            return
+        response.headers[_X_REQUEST_ID] = request[_REQUEST_ID]
+        spans.answered(request.get(_SPAN), response.status)
+        route = _template(request) or "other"
+        self._metrics.requests.labels(route, f"{response.status // 100}xx").inc()
+        self._metrics.request_seconds.labels(route).observe(time.perf_counter() - arrived)
+
+
+def _template(request: web.Request) -> str | None:
+    """The template of the request's path; `None` if no route has it."""
+    resource = request.match_info.route.resource
+    return None if resource is None else resource.canonical
+
+
 def trusted_proxies(networks: Sequence[Network]) -> Middleware:
     """Believe X-Forwarded-For and X-Forwarded-Proto from these networks, and from nobody else."""
 
     def trusted(address: str | None) -> bool:
-        try:
-            ip = ipaddress.ip_address(address or "")
-        except ValueError:
-            return False
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return any(ip in network for network in networks)
+        return _trusted(address, networks)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

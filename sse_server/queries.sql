@@ -432,3 +432,33 @@ DELETE FROM publications
         ORDER BY created_at LIMIT %(limit)s
           FOR UPDATE SKIP LOCKED))
 RETURNING 1
+
+-- Operator ----------------------------------------------------------------------------------------
+
+-- The newest lines of audit_trail. Not from the view: that would be sorted as a whole, by time.
+-- name: recent_audit
+SELECT floor(extract(epoch FROM at) * 1000)::bigint, actor, action, user_id, event_type,
+       notification_id, outcome, detail
+  FROM ((SELECT created_at AS at, audit_actor(source) AS actor, 'send' AS action, user_id,
+                event_type, id AS notification_id, 'created' AS outcome, '{}'::jsonb AS detail
+           FROM notifications ORDER BY id DESC LIMIT %(limit)s)
+        UNION ALL
+        (SELECT at, actor, action, user_id, event_type, notification_id, outcome, detail
+           FROM audit_log ORDER BY id DESC LIMIT %(limit)s)) AS recent
+ ORDER BY at DESC, notification_id DESC NULLS LAST
+ LIMIT %(limit)s
+
+-- The row, the text apart; else the audit record of why there is none; the smallest id there is,
+-- and the greatest that was ever given out.
+-- name: explain
+SELECT n.user_id, n.event_type, audit_actor(n.source),
+       floor(extract(epoch FROM n.created_at) * 1000)::bigint,
+       floor(extract(epoch FROM n.read_at) * 1000)::bigint,
+       floor(extract(epoch FROM a.at) * 1000)::bigint, a.actor, a.user_id, a.event_type,
+       a.outcome, a.detail,
+       (SELECT min(id) FROM notifications),
+       pg_sequence_last_value(pg_get_serial_sequence('notifications', 'id')::regclass)
+  FROM (SELECT %(id)s::bigint AS id) AS asked
+  LEFT JOIN notifications n ON n.id = asked.id
+  LEFT JOIN LATERAL (
+       SELECT * FROM audit_log WHERE notification_id = asked.id ORDER BY id LIMIT 1) AS a ON true

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from sse_server.errors import DatabaseError
+from sse_server.metrics import Metrics
 from sse_server.store import Store
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,13 @@ class Retention:
     def __init__(
         self,
         store: Store,
+        metrics: Metrics | None = None,
         *,
         batch_rows: int = BATCH_ROWS,
         pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         self._store = store
+        self._metrics = metrics or Metrics()
         self._batch_rows = batch_rows
         self._pause_seconds = pause_seconds
 
@@ -62,35 +65,50 @@ class Retention:
         """What has an end of its own: sessions, tokens, answers to idempotency keys."""
         store = self._store
         await self._attempt(
-            "expired sessions", partial(self._repeated, store.delete_expired_sessions)
+            "expired sessions", "sessions", partial(self._repeated, store.delete_expired_sessions)
         )
         await self._attempt(
             "idempotency keys",
+            "publications",
             partial(self._repeated, partial(store.delete_old_publications, self._batch_rows)),
         )
 
     async def delete_old(self) -> None:
         """What is older than ``settings.retention_days``: notifications and audit records."""
-        await self._attempt("old notifications", partial(self._walk, "notifications"))
-        await self._attempt("old audit records", partial(self._walk, "audit"))
+        await self._attempt(
+            "old notifications", "notifications", partial(self._walk, "notifications")
+        )
+        await self._attempt("old audit records", "audit", partial(self._walk, "audit"))
 
-    async def _attempt(self, name: str, work: Callable[[], Awaitable[int]]) -> None:
+    async def _attempt(
+        self, name: str, what: str, work: Callable[[], Awaitable[int | None]]
+    ) -> None:
+        started = time.monotonic()
         try:
             deleted = await work()
         except DatabaseError as exc:
             logger.warning("%s are left for later: %s", name, exc)
-        else:
-            if deleted:
-                logger.info("%s: %d deleted", name, deleted)
+            return
+        if deleted is None:  # the other process will count it
+            return
+        metrics = self._metrics
+        metrics.retention_deleted.labels(what).inc(deleted)
+        metrics.retention_run_at.labels(what).set_to_current_time()
+        metrics.retention_seconds.labels(what).set(time.monotonic() - started)
+        if deleted:
+            logger.info("%s: %d deleted", name, deleted)
 
-    async def _walk(self, what: str) -> int:
-        """Delete what is old, from the smallest id on, until nothing is."""
+    async def _walk(self, what: str) -> int | None:
+        """Delete what is old, from the smallest id on, until nothing is.
+
+        Returns: How many; `None` if another process is at it and there was nothing to do here.
+        """
         after = deleted = young = 0
         while young < YOUNG_PAGES:
             page = await self._store.delete_old(what, after=after, limit=self._batch_rows)
             deleted += page.deleted
             if page.last_id is None:  # the end, or another process is at it
-                break
+                return deleted if page.mine or deleted else None
             after = page.last_id
             young = 0 if page.old else young + 1
             await asyncio.sleep(self._pause_seconds)

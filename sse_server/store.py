@@ -218,6 +218,57 @@ class Walked:
     deleted: int
 
 
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """One line of the audit trail. Times are milliseconds since 1970."""
+
+    at_ms: int
+    actor: str
+    action: str
+    user_id: str | None
+    event_type: str | None
+    notification_id: int | None
+    outcome: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRow:
+    """A notification without its text. Times are milliseconds since 1970."""
+
+    user_id: str
+    event_type: str
+    actor: str
+    created_ms: int
+    read_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The audit record of a notification that was not written."""
+
+    at_ms: int
+    actor: str
+    user_id: str | None
+    event_type: str | None
+    outcome: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What the database knows of an id.
+
+    Attributes:
+        state: ``committed``; ``suppressed`` or ``rate_limited`` by the audit trail; ``deleted`` if
+            all rows there are came later; ``not_committed`` if only some did; ``not_given_out``.
+    """
+
+    state: str
+    row: ExplainedRow | None
+    refused: Refusal | None
+
+
 class Store:
     """The queries, over a pool. Every method may raise `DatabaseError` or its subclass
     `DatabaseUnavailable`."""
@@ -673,6 +724,26 @@ class Store:
             },
             retry=False,
         )
+
+    # Operator
+
+    async def recent_audit(self, limit: int) -> list[AuditLine]:
+        """The newest lines of the audit trail, newest first."""
+        rows = await self.database.fetch(self._q["recent_audit"], {"limit": limit})
+        return [AuditLine(*row) for row in rows]
+
+    async def explain(self, id: int) -> Explained:
+        """What became of a notification."""
+        row = await self.database.fetch_one(self._q["explain"], {"id": id})
+        smallest, last = row[11:]
+        if row[0] is not None:
+            return Explained("committed", ExplainedRow(*row[:5]), None)
+        if row[5] is not None:
+            return Explained(row[9], None, Refusal(*row[5:11]))
+        if last is None or id > last:
+            return Explained("not_given_out", None, None)
+        gone = smallest is None or id < smallest
+        return Explained("deleted" if gone else "not_committed", None, None)
 
     # Retention
 

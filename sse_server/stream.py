@@ -33,6 +33,7 @@ from sse_server.hub import Hub, Stream
 from sse_server.limits import LIMITS, network
 from sse_server.metrics import Metrics
 from sse_server.sessions import STORAGE
+from sse_server.spans import traced
 from sse_server.store import Page, Position, Store
 from sse_server.tasks import Batcher, cancel_and_wait
 from sse_server.wire import FINISH_SECONDS, ResponseWire, SocketWire, Wire, socket_transport
@@ -190,13 +191,20 @@ class Streams:
 
     def _ended(self, stream: Stream) -> None:
         self._hub.unregister(stream)
+        seconds = time.monotonic() - stream.opened_at
         logger.info(
             "stream %d/%d closed: %s, %d sent in %.1f s",
             stream.session_id,
             stream.number,
             stream.closing,
             stream.sent,
-            time.monotonic() - stream.opened_at,
+            seconds,
+            extra={
+                "stream": f"{stream.session_id}/{stream.number}",
+                "reason": stream.closing,
+                "sent": stream.sent,
+                "seconds": round(seconds, 3),
+            },
         )
         if self._empty is not None and not len(self._hub):
             self._empty.set()
@@ -251,7 +259,17 @@ class Streams:
             # While there was no transport yet; its last event could not be written.
             reason, stream.closing = stream.closing, None
             self._hub.close(stream, reason)
-        logger.info("stream %d/%d opened by %s", stream.session_id, stream.number, request.remote)
+        logger.info(
+            "stream %d/%d opened by %s",
+            stream.session_id,
+            stream.number,
+            request.remote,
+            extra={
+                "stream": f"{stream.session_id}/{stream.number}",
+                "address": request.remote,
+                "cursor": asked.id,
+            },
+        )
         stream.write(events.retry(random.randint(*events.DEFAULT_RETRY_MS)))
         if asked.malformed or not page.known:
             stream.write(events.reset("unknown_cursor"))
@@ -327,6 +345,7 @@ class Streams:
 
     # Both
 
+    @traced("replay")
     async def _replay(
         self,
         stream: Stream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -110,7 +111,11 @@ class Batcher(Generic[Question, Answer]):
                 if not future.done():
                     batch.append((question, future))
             if batch:
-                task = asyncio.create_task(self._run(batch), name=self._name)
+                # A context of its own: a batch belongs to no one request, and must not be logged
+                # as if it did.
+                task = asyncio.create_task(
+                    self._run(batch), name=self._name, context=contextvars.Context()
+                )
                 self._running.add(task)
                 task.add_done_callback(self._ended)
 

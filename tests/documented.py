@@ -39,7 +39,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 @functools.cache
 def _document() -> dict[str, Any]:
-    return openapi.document(demo=True, strict=True)
+    return openapi.document(demo=True, operator=True, strict=True)
 
 
 @functools.cache

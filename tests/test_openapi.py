@@ -43,19 +43,21 @@ def described(document: dict[str, Any]) -> set[Route]:
     }
 
 
+@pytest.mark.parametrize("operator", [False, True])
 @pytest.mark.parametrize("demo", [False, True])
 def test_every_route_is_described_and_every_description_is_a_route(
-    settings: SettingsFactory, demo: bool
+    settings: SettingsFactory, demo: bool, operator: bool
 ) -> None:
     """The table of routes and the document name the same."""
-    assert served(create_app(settings(demo=demo))) == described(openapi.document(demo=demo))
+    app = create_app(settings(demo=demo, operator_key="k" * 32 if operator else None))
+    assert served(app) == described(openapi.document(demo=demo, operator=operator))
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("demo", [False, True])
 def test_the_document_is_openapi(demo: bool, strict: bool) -> None:
     """Every operation has an id of its own, a summary, a known tag, and answers."""
-    document = openapi.document(demo=demo, strict=strict)
+    document = openapi.document(demo=demo, operator=demo, strict=strict)
     assert document["openapi"].startswith("3.1.")
     tags = {tag["name"] for tag in document["tags"]}
     ids = []
@@ -89,7 +91,7 @@ def _references(value: object) -> set[str]:
 
 def test_every_reference_leads_somewhere() -> None:
     """No schema is missing, and none is left over but what an error may bring along."""
-    document = openapi.document(demo=True)
+    document = openapi.document(demo=True, operator=True)
     named = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert _references(document) <= named
     assert named - _references(document) == {"#/components/schemas/Fault"}
@@ -97,7 +99,7 @@ def test_every_reference_leads_somewhere() -> None:
 
 def _media_types() -> list[Any]:
     found = []
-    for path, operations in openapi.document(demo=True)["paths"].items():
+    for path, operations in openapi.document(demo=True, operator=True)["paths"].items():
         for method, operation in operations.items():
             parts = {"body": operation.get("requestBody", {}), **operation["responses"]}
             for part, described in parts.items():
@@ -115,7 +117,7 @@ def test_examples_are_what_their_schemas_say(media: dict[str, Any]) -> None:
 
 def test_bodies_and_answers_in_json_have_examples() -> None:
     """Every model that a reader meets has one, the smallest apart."""
-    for path, operations in openapi.document(demo=True)["paths"].items():
+    for path, operations in openapi.document(demo=True, operator=True)["paths"].items():
         for operation in operations.values():
             parts = [operation.get("requestBody", {}), *operation["responses"].values()]
             for part in parts:
@@ -130,7 +132,7 @@ def _tree(error: type[errors.ServiceError]) -> set[type[errors.ServiceError]]:
 
 def test_every_error_is_in_the_document() -> None:
     """The types of problem documents are enumerated, each where it may come."""
-    document = json.dumps(openapi.document(demo=True))
+    document = json.dumps(openapi.document(demo=True, operator=True))
     # All but a failure of ours, a base class, and one with which no operation is reached.
     missing = {
         error.slug

@@ -390,7 +390,7 @@ async def test_postgresql_is_stopped_last(
     assert await server.wait(30) == 0
     lines = server.stderr.splitlines()
     [stopped] = [number for number, line in enumerate(lines) if "PostgreSQL stopped" in line]
-    stopping = [number for number, line in enumerate(lines) if line.endswith(": stopping")]
+    stopping = [number for number, line in enumerate(lines) if '"message": "stopping"' in line]
     assert len(stopping) == 2
     assert stopping[-1] < stopped == len(lines) - 1
     assert not [process for process in everything if process.is_running()]

@@ -17,7 +17,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from sse_server import __version__
-from sse_server.api import notifications, preferences, publish, session
+from sse_server.api import notifications, ops, preferences, publish, session
 from sse_server.api.bodies import Answer, Id, Query, Timestamp, left_out
 from sse_server.api.notifications import NotificationAnswer, json_response
 from sse_server.errors import (
@@ -31,6 +31,7 @@ from sse_server.errors import (
     InvalidKey,
     InvalidToken,
     NotFound,
+    NotOperator,
     NotSignedIn,
     RequiredEventType,
     RevokedKey,
@@ -151,7 +152,7 @@ STREAM_EVENTS: Mapping[str, type[BaseModel]] = {
 
 # Operations
 
-Security = Literal["session", "token", "serviceKey"]
+Security = Literal["session", "token", "serviceKey", "operator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,7 @@ class Operation:
         example: Of the body.
         errors: What it may be answered with, apart from what all operations of its kind may.
         demo: Whether it is there in demo mode only.
+        operator: Whether it is there only if an operator key is set.
     """
 
     id: str
@@ -201,6 +203,7 @@ class Operation:
     replies: Mapping[int, Reply] = field(default_factory=dict)
     errors: Sequence[type[ServiceError]] = ()
     demo: bool = False
+    operator: bool = False
 
     def all_errors(self) -> list[type[ServiceError]]:
         """All that it may be answered with, by status."""
@@ -208,6 +211,8 @@ class Operation:
         if self.path.startswith("/api/"):
             # Counted for the user, and whose session it is stands in the database.
             found |= {TooManyRequests, Unavailable}
+        if self.security == "operator":
+            found |= {NotOperator, TooManyRequests}
         if self.security == "session":
             found |= {NotSignedIn, Unavailable}
         if self.query is not None:
@@ -278,6 +283,67 @@ _SESSION = {"user_id": "alice", "expires_at": "2026-02-07T12:00:00.000Z"}
 _SIGNED_IN = Reply(
     "Signed in.", SessionAnswer, headers={"Set-Cookie": "The session."}, example=_SESSION
 )
+
+_STATE = {
+    "at": "2026-01-31T12:00:00.000Z",
+    "version": "1.0.0",
+    "workers": 1,
+    "ready": True,
+    "streams": {"live": 1200, "replaying": 3, "lagging": 0},
+    "opened": 1500,
+    "closed": {"gone": 290, "max_age": 7},
+    "turned_away": {},
+    "deliveries": 88000,
+    "replays": 1497,
+    "replayed": 4100,
+    "lagged": 0,
+    "latency": {
+        "count": 80000,
+        "sum": 240.5,
+        "buckets": [{"seconds": 0.005, "count": 79000}, {"seconds": None, "count": 80000}],
+    },
+    "feed": {
+        "connected": True,
+        "polling": False,
+        "swept_seconds_ago": 1.2,
+        "heard_seconds_ago": 0.1,
+        "reconnects": 0,
+    },
+    "pool": {"in_use": 1, "waiting": 0, "size": 8},
+    "refusals": {"api_calls": 0},
+    "published": {"created": 500},
+    "deleted": {"notifications": 12000},
+}
+_AUDIT_LINE = {
+    "at": "2026-01-31T12:00:00.000Z",
+    "actor": "service:shop",
+    "action": "send",
+    "user_id": "alice",
+    "event_type": "new_message",
+    "notification_id": 17,
+    "outcome": "created",
+    "detail": {},
+}
+_EXPLAINED = {
+    "id": 17,
+    "state": "committed",
+    "notification": {
+        "user_id": "alice",
+        "event_type": "new_message",
+        "actor": "service:shop",
+        "created_at": "2026-01-31T12:00:00.000Z",
+        "read_at": None,
+    },
+    "refused": None,
+    "here": {
+        "process": 4711,
+        "streams": 2,
+        "announced_at": "2026-01-31T12:00:00.004Z",
+        "written": 2,
+        "waiting": 0,
+        "replayed": 0,
+    },
+}
 
 OPERATIONS: Sequence[Operation] = (
     Operation(
@@ -518,6 +584,75 @@ OPERATIONS: Sequence[Operation] = (
         errors=(IdempotencyConflict, InvalidKey, RevokedKey),
     ),
     Operation(
+        "operator_sign_in",
+        "post",
+        "/ops/api/session",
+        "Operator",
+        "Exchange the operator key for a cookie",
+        f"The cookie is good for {ops.COOKIE_SECONDS // 3600} hours, or until the key is another.",
+        body=ops.OperatorKey,
+        example={"key": "the operator key, of at least 32 characters"},
+        replies={204: Reply("Signed in.", headers={"Set-Cookie": "Proves it."})},
+        errors=(NotOperator, TooManyRequests),
+        operator=True,
+    ),
+    Operation(
+        "operator_sign_out",
+        "delete",
+        "/ops/api/session",
+        "Operator",
+        "Take the cookie away",
+        replies={204: Reply("Done.", headers={"Set-Cookie": "An empty one."})},
+        operator=True,
+    ),
+    Operation(
+        "operator_state",
+        "get",
+        "/ops/api/state",
+        "Operator",
+        "What is, and totals since the start",
+        "Of all workers of this node. Ask again and subtract for rates.",
+        security="operator",
+        replies={200: Reply("Now.", ops.State, example=_STATE)},
+        operator=True,
+    ),
+    Operation(
+        "operator_audit",
+        "get",
+        "/ops/api/audit",
+        "Operator",
+        "The newest lines of the audit trail",
+        security="operator",
+        query=ops.AuditQuery,
+        replies={200: Reply("Newest first.", ops.AuditAnswer, example={"lines": [_AUDIT_LINE]})},
+        errors=(Unavailable,),
+        operator=True,
+    ),
+    Operation(
+        "explain",
+        "get",
+        "/ops/api/notifications/{id}",
+        "Operator",
+        "What became of a notification",
+        "What the database knows of it, and what the process that answers has done with it lately.",
+        security="operator",
+        parameters=(
+            _in_path("id", "Of the notification.", type="integer", minimum=1, maximum=MAX_ID),
+        ),
+        replies={200: Reply("Its way.", ops.Explained, example=_EXPLAINED)},
+        errors=(BadRequest, NotFound, Unavailable),
+        operator=True,
+    ),
+    Operation(
+        "operator_page",
+        "get",
+        "/ops",
+        "Operator",
+        "The operators' page",
+        replies=_file("text/html", "A page."),
+        operator=True,
+    ),
+    Operation(
         "demo_sign_in",
         "post",
         "/demo/session",
@@ -626,6 +761,12 @@ _SECURITY_SCHEMES = {
         "scheme": "bearer",
         "bearerFormat": "JWT",
         "description": "Signed by the application's backend; at most 15 minutes, works once.",
+    },
+    "operator": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": "sse_operator",
+        "description": "Set by `POST /ops/api/session`; `__Host-sse_operator` over TLS.",
     },
     "serviceKey": {
         "type": "http",
@@ -759,15 +900,20 @@ def _names_of_answers(model: type[Answer]) -> Iterator[str]:
 
 
 @functools.cache
-def document(*, demo: bool = False, strict: bool = False) -> dict[str, Any]:
+def document(*, demo: bool = False, operator: bool = False, strict: bool = False) -> dict[str, Any]:
     """The OpenAPI document.
 
     Args:
         demo: Whether the demo's routes are served.
+        operator: Whether those of operators are.
         strict: Forbid members of answers that are not described, for tests. Clients must expect
             them: later versions may have more.
     """
-    operations = [operation for operation in OPERATIONS if demo or not operation.demo]
+    operations = [
+        operation
+        for operation in OPERATIONS
+        if (demo or not operation.demo) and (operator or not operation.operator)
+    ]
     models: set[type[BaseModel]] = {Problem, Fault, *STREAM_EVENTS.values()}
     for operation in operations:
         models.update(reply.model for reply in operation.replies.values() if reply.model)
@@ -804,6 +950,7 @@ def document(*, demo: bool = False, strict: bool = False) -> dict[str, Any]:
             {"name": "Session"},
             {"name": "Publishing"},
             {"name": "Service"},
+            *([{"name": "Operator", "description": "Behind a key."}] if operator else []),
             *([{"name": "Demo", "description": "For trials on this machine."}] if demo else []),
         ],
         "paths": paths,

@@ -7,12 +7,22 @@ from typing import Annotated
 from aiohttp import web
 from pydantic import AfterValidator, FailFast, Field, StringConstraints
 
+from sse_server import spans
 from sse_server.api.bodies import Answer, Body, parse
 from sse_server.api.notifications import json_response
-from sse_server.errors import BadRequest, ContentTooLarge, InvalidBody
+from sse_server.api.operations import METRICS
+from sse_server.errors import (
+    BadRequest,
+    ContentTooLarge,
+    DatabaseError,
+    DatabaseUnavailable,
+    InvalidBody,
+    ServiceError,
+    Unavailable,
+)
 from sse_server.limits import network
 from sse_server.services import SERVICES
-from sse_server.store import Publication
+from sse_server.store import Publication, Published
 
 # Limits
 BODY_BYTES = 1024 * 1024
@@ -113,6 +123,34 @@ async def publish(request: web.Request) -> web.Response:
 
     The answer to a request that repeats an earlier one bears ``Idempotent-Replayed: true``.
     """
+    metrics = request.app[METRICS]
+    try:
+        published = await _publish(request)
+    except ServiceError as exc:
+        metrics.publish_requests.labels(exc.slug).inc()
+        raise
+    except DatabaseUnavailable:
+        metrics.publish_requests.labels(Unavailable.slug).inc()
+        raise
+    except DatabaseError:
+        metrics.publish_requests.labels(ServiceError.slug).inc()
+        raise
+    metrics.publish_requests.labels(published.outcome).inc()
+    counts = {"created": 0, "suppressed": 0, "rate_limited": 0}
+    results = []
+    for user_id, outcome, id in published.results or []:
+        results.append({"user_id": user_id, "outcome": outcome, "id": id})
+        counts[outcome] += 1
+    response = json_response({"results": results, **counts})
+    if published.outcome == "repeated":
+        response.headers["Idempotent-Replayed"] = "true"
+    else:
+        for outcome, count in counts.items():
+            metrics.publish_recipients.labels(outcome).inc(count)
+    return response
+
+
+async def _publish(request: web.Request) -> Published:
     services = request.app[SERVICES]
     asking = await services.admit(request, f"address:{network(request.remote)}")
     try:
@@ -122,18 +160,13 @@ async def publish(request: web.Request) -> web.Response:
             raise InvalidBody(f"link: {reason}", errors=[{"field": "link", "problem": reason}])
     except (BadRequest, ContentTooLarge) as exc:
         raise await services.invalid(asking, exc) from None
-    published = await services.publish(
-        asking,
-        Publication(
-            body.recipients, body.event_type, body.message, body.link, body.idempotency_key
-        ),
-    )
-    counts = {"created": 0, "suppressed": 0, "rate_limited": 0}
-    results = []
-    for user_id, outcome, id in published.results or []:
-        results.append({"user_id": user_id, "outcome": outcome, "id": id})
-        counts[outcome] += 1
-    response = json_response({"results": results, **counts})
-    if published.outcome == "repeated":
-        response.headers["Idempotent-Replayed"] = "true"
-    return response
+    with spans.span("publish", recipients=len(body.recipients), event_type=body.event_type) as span:
+        published = await services.publish(
+            asking,
+            Publication(
+                body.recipients, body.event_type, body.message, body.link, body.idempotency_key
+            ),
+        )
+        if span is not None:
+            span.set_attribute("sse.outcome", published.outcome)
+    return published

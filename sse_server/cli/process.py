@@ -11,14 +11,12 @@ from typing import Any, NoReturn
 
 import click
 
-from sse_server import audit
+from sse_server import audit, logs
 from sse_server.config import Settings, load
 from sse_server.database import Database
 from sse_server.embedded import EmbeddedPostgres, default_data_dir
 from sse_server.errors import ConfigurationError, DatabaseError
 from sse_server.store import Store
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 # Exit statuses
 EXIT_FAILED = 1
@@ -61,7 +59,7 @@ def on_database(
     try:
         with misconfigured():
             settings = load(**options)
-            logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+            logs.configure(logging.WARNING, "text")
             audit.logger.setLevel(logging.INFO)
             if settings.database_url is not None:
                 dsn = settings.database_url.get_secret_value()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from aiohttp import web
 
-from sse_server.cli.process import EXIT_FAILED, EXIT_MISCONFIGURED, LOG_FORMAT
+from sse_server import logs
+from sse_server.cli.process import EXIT_FAILED, EXIT_MISCONFIGURED
 from sse_server.config import Settings, load
 from sse_server.connections import Limits, Site, reserve
 from sse_server.embedded import EmbeddedPostgres, default_data_dir
@@ -44,11 +45,7 @@ def serve(options: dict[str, Any]) -> int:
     postgres: EmbeddedPostgres | None = None
     try:
         settings = load(**options)
-        logging.basicConfig(
-            level=settings.log_level,
-            format=LOG_FORMAT,
-            stream=sys.stderr,
-        )
+        logs.configure(settings.log_level, settings.log_format)
         _raise_file_limit()
         # Until the event loop takes over: what has been started must be stopped.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -66,7 +66,7 @@ class Node:
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("SSE_", "PG")) and name != "DATABASE_URL"
-        } | {"PYTHONPATH": str(ROOT), "SSE_PORT": "0", "SSE_DEMO": "1"}
+        } | {"PYTHONPATH": str(ROOT), "SSE_PORT": "0", "SSE_DEMO": "1", "SSE_LOG_FORMAT": "text"}
         # All clients are one address here, and much more restless than people.
         for limit in ("API_CALLS", "ANONYMOUS_CALLS", "SIGN_INS"):
             self._environment[f"SSE_{limit}_PER_MINUTE"] = "0"
