@@ -6,7 +6,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # The interpreter to build .venv with, if not the newest suitable one:  make run PYTHON=python3.12
 PYTHON ?=
-# More for pytest:  make test ARGS="-k stream -x"
+# More for pytest or the bench:  make test ARGS="-k stream -x"
 ARGS ?=
 
 python := .venv/bin/python
@@ -20,7 +20,7 @@ endif
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: run
 run: .venv/installed ## Start the server, with a PostgreSQL of its own unless DATABASE_URL is set
@@ -39,6 +39,14 @@ faults: .venv/installed-dev ## Let nodes, database and network fail in SEEDS (20
 soak: .venv/installed-dev ## Come and go for SOAK_SECONDS (1800); nothing may be left behind
 	@SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(python) -m pytest -s tests/soak $(ARGS)
 
+.PHONY: bench
+bench: .venv/installed ## Measure the service and its peers side by side; see bench/README.md
+	@exec $(python) -m bench $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: .venv/installed ## The same with 2,000 streams, once, in under 3 minutes
+	@exec $(python) -m bench --quick $(ARGS)
+
 .PHONY: check
 check: .venv/installed-dev ## Check format, style, types and the layers of the modules
 	$(python) -m ruff format --check .
@@ -56,7 +64,7 @@ venv: .venv/installed-dev ## Build .venv with all that developing needs
 
 .PHONY: clean
 clean: ## Remove .venv and what the tools leave behind
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv bench/.peers bench/out build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 .venv/installed: .venv/checkout $(inputs)
 	@echo "Installing into .venv"
