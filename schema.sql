@@ -535,9 +535,13 @@ $$;
 CREATE OR REPLACE FUNCTION publish(
     source text, user_ids text[], event_type text, message text, link text)
     RETURNS TABLE (user_id text, outcome text, id bigint)
-    LANGUAGE plpgsql SET search_path FROM CURRENT SET sse_server.over_limit = 'skip' AS $$
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 #variable_conflict use_column
+DECLARE
+    before text := coalesce(current_setting('sse_server.over_limit', true), '');
 BEGIN
+    -- Not as a SET of the function: for that only a superuser has the right.
+    PERFORM set_config('sse_server.over_limit', 'skip', true);
     -- Said once and for all recipients, even if all of them are suppressed.
     IF NOT EXISTS (SELECT FROM event_types t WHERE t.name = publish.event_type) THEN
         RAISE EXCEPTION USING
@@ -569,6 +573,8 @@ BEGIN
       LEFT JOIN created c ON c.user_id = r.user_id
       LEFT JOIN user_preferences p ON p.user_id = r.user_id AND p.event_type = t.name
      ORDER BY r.position;
+    -- Up to here it was materialised. An INSERT of the caller's own is rejected again.
+    PERFORM set_config('sse_server.over_limit', before, true);
 END
 $$;
 

@@ -809,6 +809,35 @@ def test_publisher_cannot_lift_the_limit(publisher: tuple[str, Connection], db: 
     assert fetch(db, "SELECT count(*) FROM notifications") == [(1,)]
 
 
+def test_notify_user_lifts_nothing_for_the_rest_of_the_transaction(db: Connection) -> None:
+    """After a call that reports, an INSERT over the limit is rejected as ever."""
+    fetch(db, "UPDATE settings SET user_rate_per_minute = 1")
+    db.autocommit = False
+    call = "SELECT outcome FROM notify_user('ada', 'new_message', 'x')"
+    assert fetch(db, call) == [("created",)]
+    assert fetch(db, call) == [("rate_limited",)]
+    with pytest.raises(psycopg2.Error, match="ada"):
+        fetch(db, INSERT, "ada", "new_message", "x")
+    db.rollback()
+
+
+def test_a_plain_owner_installs_the_schema(cluster: EmbeddedPostgres) -> None:
+    """Nothing in the schema needs a superuser, which managed databases do not give away."""
+    name = f"owner_{secrets.token_hex(4)}"
+    execute(cluster.dsn("postgres"), f"CREATE ROLE {name} LOGIN")
+    execute(cluster.dsn("postgres"), f"CREATE DATABASE {name} OWNER {name} TEMPLATE template0")
+    owner = connect(cluster.dsn(name).replace("//postgres@", f"//{name}@"))
+    try:
+        fetch(owner, SCHEMA)
+        fetch(owner, SCHEMA)  # and again
+        call = "SELECT outcome FROM notify_user('ada', 'new_message', 'x')"
+        assert fetch(owner, call) == [("created",)]
+    finally:
+        owner.close()
+        execute(cluster.dsn("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+        execute(cluster.dsn("postgres"), f"DROP ROLE {name}")
+
+
 # notifications_announce()
 
 

@@ -478,7 +478,6 @@ async def test_workers_that_cannot_start(
     name = f"narrow_{os.getpid()}"
     execute(cluster.dsn("postgres"), f"CREATE ROLE {name} LOGIN CONNECTION LIMIT 3")
     execute(cluster.dsn("postgres"), f"CREATE DATABASE {name} OWNER {name}")
-    execute(cluster.dsn("postgres"), f"GRANT SET ON PARAMETER sse_server.over_limit TO {name}")
     url = cluster.dsn(name).replace("//postgres@", f"//{name}@")
     try:
         server = await server_process("--workers", "4", wait=False, DATABASE_URL=url)
