@@ -47,8 +47,8 @@ MUTATIONS = (
             (
                 "sse_server/feed.py",
                 "            await self._sweep(connection)\n            await self._resync",
-                "            self._snapshot = current\n"
-                "            self._hub.advance(current)\n"
+                "            self._snapshot = start.snapshot\n"
+                "            self._hub.advance(start.snapshot)\n"
                 "            await self._resync",
             ),
         ),
@@ -139,7 +139,7 @@ MUTATIONS = (
         (
             (
                 "sse_server/feed.py",
-                "            self._sweep_at_once = True\n            return\n",
+                "            self._sweep_now = True\n            return\n",
                 "            pass\n",
             ),
         ),
@@ -150,8 +150,8 @@ MUTATIONS = (
         (
             (
                 "sse_server/snapshot.py",
-                "        xmax = min(self.xmax, newest + 1)\n",
-                "        xmax = self.xmax\n",
+                "        if xmax >= self.xmax:\n",
+                "        if True:\n",
             ),
         ),
         without="unannounced",
@@ -192,7 +192,7 @@ MUTATIONS = (
         (
             (
                 "sse_server/hub.py",
-                "        user.recent[notification.id] = notification.xact\n",
+                "        cast(dict[int, int], user.recent)[notification.id] = notification.xact\n",
                 "",
             ),
         ),

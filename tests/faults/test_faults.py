@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.conftest import PROPERTY, Databases
 from tests.faults.drill import DEADLINE_SECONDS, Outcome, run
+from tests.faults.mutants import MUTATIONS, Mutation, apply, copy_checkout
 from tests.faults.plan import Plan, generate
 from tests.faults.shrink import shrink
 
@@ -92,3 +93,13 @@ def test_shrinking_finds_the_operations_that_matter() -> None:
         return all(culprit in candidate.operations for culprit in culprits)
 
     assert shrink(plan, fails, seconds=60).operations == culprits
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_each_protection_can_be_switched_off(mutation: Mutation, tmp_path: Path) -> None:
+    """The mutations that prove this suite follow the code (``python -m tests.faults.mutants``)."""
+    copy_checkout(tmp_path)
+    apply(mutation, tmp_path)
+    for name, _, _ in mutation.changes:
+        if name.endswith(".py"):
+            compile((tmp_path / name).read_text(encoding="utf-8"), name, "exec")
