@@ -12,7 +12,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Protocol, cast
 
@@ -127,7 +127,7 @@ class Stream:
 
 
 # Most users have none at most times, and an empty dict is not free.
-_NO_IDS: Mapping[int, int] = MappingProxyType({})
+_NO_IDS = cast(dict[int, int], MappingProxyType({}))
 
 
 class _User:
@@ -139,7 +139,7 @@ class _User:
         self.streams: tuple[Stream, ...] = ()
         # Ids (with xact) that have been dispatched since the feed's last sweep; the next one will
         # find them again.
-        self.recent: Mapping[int, int] = _NO_IDS
+        self.recent = _NO_IDS
 
 
 class Hub:
@@ -326,7 +326,7 @@ class Hub:
         if user.recent is _NO_IDS:
             user.recent = {}
             self._recent.add(notification.user_id)
-        cast(dict[int, int], user.recent)[notification.id] = notification.xact
+        user.recent[notification.id] = notification.xact
         frame: bytes | None = None
         written = waiting = 0
         for stream in user.streams:

@@ -192,7 +192,7 @@ MUTATIONS = (
         (
             (
                 "sse_server/hub.py",
-                "        cast(dict[int, int], user.recent)[notification.id] = notification.xact\n",
+                "        user.recent[notification.id] = notification.xact\n",
                 "",
             ),
         ),
