@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import ipaddress
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -20,7 +21,10 @@ from aiohttp_session import get_session
 from aiolimiter import AsyncLimiter
 
 from sse_server.errors import TooManyRequests
-from sse_server.metrics import Metrics
+
+if TYPE_CHECKING:
+    # Not imported: it imports prometheus_client, for which a master prepares a directory first.
+    from sse_server.metrics import Metrics
 
 # Seconds in which a full bucket runs empty: limits are per minute.
 PERIOD = 60.0

@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -29,7 +30,10 @@ from sse_server.errors import (
     WrongHost,
 )
 from sse_server.logs import REQUEST_ID
-from sse_server.metrics import Metrics
+
+if TYPE_CHECKING:
+    # Not imported: it imports prometheus_client, for which a master prepares a directory first.
+    from sse_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -317,6 +317,9 @@ def cases(db: Connection, size: Size) -> Iterator[Case]:
         details=["{}"],
     )
 
+    yield case("recent_audit", "notifications_pkey audit_log_pkey", 60, limit=50)
+    yield case("explain", "notifications_pkey audit_log_notification_id_idx", 60, id=size.rows // 2)
+
     yield case("delete_old_notifications", "notifications_pkey", 20_000, after=0, limit=1000)
     yield case(
         "delete_old_notifications",

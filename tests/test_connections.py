@@ -192,6 +192,7 @@ async def test_number_of_connections(server_process: ServerProcessFactory) -> No
         assert b" 200 " in await reader.read(100)
     assert not await served()
     assert not await served()
+    await eventually(lambda: "no more are taken" in server.stderr)
     assert server.stderr.count("no more are taken") == 1
     open_ones.pop()[1].close()
     await eventually(served)

@@ -123,7 +123,7 @@ def settings(options: dict[str, Any], *, as_json: bool, as_markdown: bool) -> No
 
     \b
     Example:
-      sse-server settings | grep SSE_JWT
+      sse-server settings | grep SSE_JWT_SECRET
     """
     if as_markdown:
         click.echo(markdown(), nl=False)

@@ -330,6 +330,7 @@ every proxy. With `DATABASE_URL` set (or a PostgreSQL of its own running) it loo
 as well; without a URL, at that alone. It changes nothing: it opens a session of its own and one
 stream, and ends both.
 
+<!-- not run: needs a deployed service; tests/test_doctor.py runs it -->
 ```sh
 sse-server doctor https://push.example.com                            # with SSE_JWT_SECRET
 sse-server doctor https://push.example.com --token-file token.txt     # of your backend's
