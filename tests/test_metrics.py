@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.conftest import (
     SettingsFactory,
     eventually,
     execute,
+    require_program,
 )
 from tests.streaming import Clients, Node, insert, query, running, sign_in, without_rate_limit
 from tests.test_publish import add_service, send
@@ -534,9 +534,7 @@ def test_the_rules_are_rules() -> None:
 
 def test_prometheus_takes_the_rules() -> None:
     """promtool finds no fault in the rules."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is missing: install it, for example: apt install prometheus")
+    promtool = require_program("promtool", "install it, for example: apt install prometheus")
     done = subprocess.run(
         [promtool, "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False
     )
