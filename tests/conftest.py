@@ -45,6 +45,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The soak, which mostly waits, comes first: the other workers take the rest meanwhile."""
+    items.sort(key=lambda item: "soak" not in item.path.parts)
+
+
 def require_program(name: str, how: str) -> Path:
     """Return the path of an external program; without it, skip the test and say how to get it.
 

@@ -250,10 +250,10 @@ async def test_state(node: Node, db: Connection, operator: Operator) -> None:
 
 async def test_the_audit_trail_newest_first(node: Node, db: Connection, operator: Operator) -> None:
     """The newest lines of both tables, as the view has them, and no more than asked for."""
-    insert(db, "alice", TEXT)
     query(db, "INSERT INTO user_preferences VALUES ('bob', 'new_message', false)")
-    insert(db, "bob", TEXT)
-    insert(db, "carol", TEXT)
+    for user_id in ("alice", "bob", "carol"):
+        insert(db, user_id, TEXT)
+        query(db, "SELECT pg_sleep(0.002)")  # rows are dated to the millisecond
     lines = (await operator("/ops/api/audit"))["lines"]
     sends = [(line["user_id"], line["outcome"]) for line in lines if line["action"] == "send"]
     assert sends == [("carol", "created"), ("bob", "suppressed"), ("alice", "created")]
