@@ -1,14 +1,16 @@
 """From COMMIT to the client: how long a notification is on its way.
 
     python bench/latency.py [--inserts 1000] [--streams 1] [--pause 0.002] [--dsn URL]
-                            [--feed-modes auto,notify --rounds 3]
+                            [--feed-modes auto,notify,bare --rounds 3]
 
 Starts the server as an operator would (on a PostgreSQL of its own, with its real fsync, unless
 --dsn names a database), opens streams over bare sockets, and inserts one row after the other, each
 in a transaction. The clock of a row starts when COMMIT is sent, so that the commit itself, which
 nobody can be faster than, is in the figure; it is shown on its own, too.
 
-With several modes of the feed (settings.feed_mode) they take turns for as many rounds.
+With several modes of the feed (settings.feed_mode) they take turns for as many rounds. `bare` is
+no mode but the yardstick: without the service, a process that LISTENs with psycopg2 and writes each
+payload to one socket.
 """
 
 from __future__ import annotations
@@ -37,7 +39,29 @@ from sse_server.embedded import EmbeddedPostgres  # noqa: E402
 from sse_server.sessions import COOKIE  # noqa: E402
 from sse_server.store import schema_sql  # noqa: E402
 
-MARK = re.compile(rb'"message":"latency (\d+)"')
+MARK = re.compile(rb'"m(?:essage)?": ?"latency (\d+)"')
+
+# What nobody who is told by NOTIFY can be faster than.
+BARE = """
+import select, socket, sys
+import psycopg2
+dsn, = sys.argv[1:]
+connection = psycopg2.connect(dsn)
+connection.autocommit = True
+cursor = connection.cursor()
+cursor.execute("SELECT channel FROM settings")
+cursor.execute(f'LISTEN "{cursor.fetchone()[0]}"')
+server = socket.create_server(("127.0.0.1", 0))
+print(f"listening on http://127.0.0.1:{server.getsockname()[1]}", flush=True)
+client, _ = server.accept()
+client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+client.sendall(b"event: ready\\n\\n")
+while True:
+    select.select([connection], [], [])
+    connection.poll()
+    while connection.notifies:
+        client.sendall(connection.notifies.pop(0).payload.encode() + b"\\n\\n")
+"""
 
 
 class Reader(threading.Thread):
@@ -55,7 +79,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         rest = b""
-        while data := self._socket.recv(65536):
+        while data := self._receive():
             now = time.perf_counter()
             *whole, rest = (rest + data).split(b"\n\n")
             for frame in whole:
@@ -63,6 +87,12 @@ class Reader(threading.Thread):
                     self.arrived[int(found[1])] = now
                 elif b"event: ready" in frame:
                     self.ready.set()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(65536)
+        except ConnectionResetError:  # the server was ended
+            return b""
 
 
 def percentiles(name: str, seconds: Sequence[float]) -> None:
@@ -125,6 +155,7 @@ def measure(dsn: str, port: int, arguments: argparse.Namespace) -> None:
 
 
 def set_mode(dsn: str, mode: str) -> None:
+    mode = "notify" if mode == "bare" else mode
     connection = psycopg2.connect(dsn)
     with connection, connection.cursor() as cursor:
         cursor.execute("UPDATE settings SET feed_mode = %s, polling_until = '-infinity'", (mode,))
@@ -136,16 +167,19 @@ def take_turns(dsn: str, arguments: argparse.Namespace) -> None:
         for mode in arguments.feed_modes.split(","):
             set_mode(dsn, mode)
             print(f"feed_mode {mode}, round {number + 1}")
-            serve(dsn, arguments)
+            serve(dsn, arguments, bare=mode == "bare")
 
 
-def serve(dsn: str, arguments: argparse.Namespace) -> None:
+def serve(dsn: str, arguments: argparse.Namespace, *, bare: bool) -> None:
+    if bare and arguments.streams != 1:
+        sys.exit("bare has one stream")
+    command = ["-c", BARE, dsn] if bare else ["-m", "sse_server", "--port", "0"]
     environment = {name: os.environ[name] for name in os.environ if not name.startswith("SSE_")}
     environment |= {"DATABASE_URL": dsn, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sse_server", "--port", "0", "--log-level", "WARNING"],
-            env=environment,
+            [sys.executable, *command],
+            env=environment | {"SSE_LOG_LEVEL": "WARNING"},
             cwd=directory,
             stdout=subprocess.PIPE,
             text=True,
@@ -168,7 +202,7 @@ def main() -> None:
     parser.add_argument("--inserts", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=1, help="of one user, at most 20")
     parser.add_argument("--pause", type=float, default=0.002, help="seconds between inserts")
-    parser.add_argument("--feed-modes", default="auto", help="of auto, notify, poll")
+    parser.add_argument("--feed-modes", default="auto", help="of auto, notify, poll, bare")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dsn", help="a database whose rate limit may be switched off")
     arguments = parser.parse_args()

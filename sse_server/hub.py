@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,9 @@ class Keeper(Protocol):
     def wake(self) -> None:
         """The stream is closing, or has to replay."""
 
+    def fileno(self) -> int:
+        """The descriptor of the socket, open until the stream's transport is taken away."""
+
 
 class Stream:
     """One open event stream. Written by the hub when live, by its handler while it replays."""
@@ -46,6 +50,7 @@ class Stream:
         "deadline",
         "deadline_reason",
         "dirty",
+        "fd",
         "keeper",
         "lagging",
         "live",
@@ -70,6 +75,8 @@ class Stream:
         self.number = number
         # None until the head of the response is out.
         self.transport: asyncio.WriteTransport | None = None
+        # The descriptor to write to directly: while the stream is live, and nothing is unsent.
+        self.fd = -1
         # HTTP/1.0: without the framing of chunks.
         self.plain = False
         self.live = False
@@ -95,11 +102,23 @@ class Stream:
         self.sent = 0
 
     def write(self, frame: bytes) -> None:
-        """Hand a frame to the transport. Without effect on a stream that is closing."""
+        """Hand a frame to the kernel, or the transport. Without effect on one that is closing."""
+        if self.fd >= 0:
+            # Only the stream and the kernel's socket are touched. With thousands of streams the
+            # transport's many objects would have to come from memory, for each frame.
+            try:
+                taken = os.write(self.fd, frame)
+            except OSError:  # not now, or never again: the transport finds out
+                taken = 0
+            if taken == len(frame):
+                return
+            frame = frame[taken:]
         transport = self.transport
         # asyncio would log a warning for each frame that goes to a lost connection.
         if transport is not None and self.closing is None and not transport.is_closing():
             transport.write(events.unchunk(frame) if self.plain else frame)
+            if self.fd >= 0 and transport.get_write_buffer_size():
+                self.fd = -1  # what comes next has to wait behind it
 
     @property
     def buffered(self) -> int:
@@ -311,6 +330,7 @@ class Hub:
             stream.write(events.closing(reason, retry_ms))
         stream.closing = reason
         stream.live = False
+        stream.fd = -1
         stream.wake()
 
     # Fan-out
@@ -327,31 +347,37 @@ class Hub:
             user.recent = {}
             self._recent.add(notification.user_id)
         user.recent[notification.id] = notification.xact
-        frame: bytes | None = None
+        frame = events.notification(notification)
         written = waiting = 0
         for stream in user.streams:
             if stream.seen and notification.id in stream.seen:
                 continue  # by its replay, before the announcement came
-            if not stream.live:
-                stream.dirty = True
-                waiting += 1
-                continue
-            transport = stream.transport
-            assert transport is not None
-            if transport.is_closing():
-                self.close(stream, Closing.GONE)
-                continue
-            if transport.get_write_buffer_size() > self.room:
-                self._lag(stream, user, notification.id)
-                waiting += 1
-                continue
-            if frame is None:
-                frame = events.notification(notification)
-            transport.write(events.unchunk(frame) if stream.plain else frame)
+            if stream.fd < 0:  # not live, or something is unsent
+                if not stream.live:
+                    stream.dirty = True
+                    waiting += 1
+                    continue
+                transport = stream.transport
+                assert transport is not None
+                if transport.is_closing():
+                    self.close(stream, Closing.GONE)
+                    continue
+                if transport.get_write_buffer_size() > self.room:
+                    self._lag(stream, user, notification.id)
+                    waiting += 1
+                    continue
+                self._direct(stream)
+            stream.write(frame)
             stream.sent += 1
             written += 1
         self.trace.published(notification.id, written, waiting)
         return written
+
+    @staticmethod
+    def _direct(stream: Stream) -> None:
+        """Write directly to a live stream from now on, if nothing is unsent."""
+        if stream.keeper is not None and not stream.buffered:
+            stream.fd = stream.keeper.fileno()
 
     def control(self, user_id: str, frame: bytes) -> None:
         """Write a control event to all streams of a user.
@@ -390,6 +416,7 @@ class Hub:
         """Let every stream replay all its unread rows: nothing that was known holds any more."""
         for stream in self:
             stream.live = False
+            stream.fd = -1
             stream.dirty = True
             stream.base = Snapshot(NOTHING.text)  # another object: a pass under way is void
             stream.seen = {}
@@ -427,6 +454,7 @@ class Hub:
         stream.live = True
         stream.lagging = False
         stream.base = None
+        self._direct(stream)
         self._prune(stream)
         return True
 
@@ -518,5 +546,5 @@ class Hub:
                 continue
             if transport.is_closing():
                 self.close(stream, Closing.GONE)
-            elif transport.get_write_buffer_size() <= self.room:
+            elif stream.fd >= 0 or transport.get_write_buffer_size() <= self.room:
                 stream.write(frame)

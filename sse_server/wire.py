@@ -90,7 +90,7 @@ class SocketWire(asyncio.Protocol):
     # What an idle stream keeps in memory, in bytes (sys.getsizeof, CPython 3.11; bench/storm.py
     # measures the sum):
     #   88  this
-    #  176  hub.Stream, and about 150 for its user_id, float and numbers
+    #  184  hub.Stream, and about 180 for its user_id, float and numbers
     #  510  asyncio's transport, its __dict__, socket, empty buffer and bound method
     #  480  the transport's _extra: socket object and both addresses
     #  370  the selector's key, the loop's handle, its context and arguments
@@ -145,6 +145,10 @@ class SocketWire(asyncio.Protocol):
             self.busy = True
             self._owner.resume(self)
 
+    def fileno(self) -> int:
+        transport = self.stream.transport
+        return -1 if transport is None else transport.get_extra_info("socket").fileno()
+
     async def drain(self) -> None:
         if self.stream.transport is None:
             raise ConnectionResetError("the client has gone")
@@ -183,6 +187,7 @@ class SocketWire(asyncio.Protocol):
         self._wake_drained()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.stream.fd = -1  # the number may soon be another connection's
         if self._site_closed is None:
             return
         self._site_closed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -104,6 +105,36 @@ def connected(
     if live:
         assert hub.go_live(stream)
     return stream, transport
+
+
+class Socket:
+    """Keeps a stream's socket, as a wire does; `received` is what was written to it directly."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.here, self.there = socket.socketpair()
+        self.here.setblocking(False)
+        self.there.setblocking(False)
+        stream.keeper = self
+
+    def wake(self) -> None:
+        """Nothing waits."""
+
+    def fileno(self) -> int:
+        return self.here.fileno()
+
+    @property
+    def received(self) -> bytes:
+        try:
+            return self.there.recv(100_000)
+        except BlockingIOError:
+            return b""
+
+    def __enter__(self) -> Socket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.here.close()
+        self.there.close()
 
 
 def reason(transport: Transport) -> str:
@@ -249,6 +280,56 @@ def test_lag_all_replays_everything(hub: Hub) -> None:
     assert not stream.base.covers(3)
     hub.replayed(stream, row(1))
     assert transport.ids == [1, 1]
+
+
+# Straight to the socket
+
+
+def test_frames_go_straight_to_the_socket_while_nothing_waits(hub: Hub) -> None:
+    """And through the transport behind what waits there, until that is gone."""
+    stream, transport = connected(hub, live=False)
+    with Socket(stream) as kernel:
+        hub.publish(row(1))
+        stream.dirty = False
+        assert hub.go_live(stream)
+        hub.publish(row(2))
+        assert kernel.received == events.notification(row(2))
+        assert not transport.frames
+        transport.stalled = True
+        while True:  # fill the kernel's buffer
+            try:
+                kernel.here.send(b"x" * 1000)
+            except BlockingIOError:
+                break
+        hub.publish(row(3))
+        assert stream.fd == -1
+        while kernel.received:  # now there is room, but not before what waits
+            pass
+        hub.publish(row(4))
+        hub.control("alice", events.read([1], None))
+        assert not kernel.received
+        assert transport.names == ["notification", "notification", "read"]
+        transport.take()
+        hub.publish(row(5))
+        hub.publish(row(6))
+        assert kernel.received == events.notification(row(5)) + events.notification(row(6))
+        assert transport.ids == [3, 4]
+        assert stream.sent == 5
+
+
+@pytest.mark.parametrize("how", ["close", "lag_all"])
+def test_nothing_goes_straight_to_a_stream_that_is_not_live(hub: Hub, how: str) -> None:
+    """What is written after the last event, or into a replay, would be a lie."""
+    stream, _ = connected(hub, live=False)
+    with Socket(stream) as kernel:
+        assert hub.go_live(stream)
+        if how == "close":
+            hub.close(stream, Closing.SESSION_ENDED)
+        else:
+            hub.lag_all()
+        assert (b"closing" in kernel.received) is (how == "close")
+        hub.publish(row(1))
+        assert not kernel.received
 
 
 # Coming and going

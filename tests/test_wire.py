@@ -10,6 +10,8 @@ import pytest
 from aiohttp import web
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
+from sse_server import events
+from sse_server.hub import Stream
 from sse_server.wire import EXCESS_BYTES, SocketWire
 from tests.conftest import SettingsFactory, eventually
 from tests.streaming import (
@@ -124,6 +126,57 @@ async def test_the_end_of_the_process_waits_for_streams(
         await node.runner.cleanup()
         assert [stream.reason for stream in streams] == ["shutdown"] * len(streams)
         await eventually(lambda: all(stream.closed for stream in streams))
+
+
+async def test_what_the_kernel_did_not_take_goes_first(
+    node: Node, db: Connection, hand_over: bool
+) -> None:
+    """A frame is written directly only while nothing waits before it: no frame is torn, and all
+    kinds of them, notifications, counts and heartbeats, come in the order of writing."""
+    without_rate_limit(db)
+    [key] = sign_in(db, "alice")
+    client = await node.open_live(key, **SLOW)
+    [stream] = node.hub
+    assert stream.transport is not None
+    kernel = stream.transport.get_extra_info("socket")
+    kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # soon full
+    assert (stream.fd >= 0) is hand_over
+    ids: list[int] = []
+    for _ in range(3):
+        client.pause()
+        while not stream.buffered:
+            [id] = insert(db, "alice", "x" * 1900)
+            ids.append(id)
+            await eventually(lambda: stream.sent == len(ids))  # noqa: B023
+        assert stream.live
+        assert stream.fd == -1
+        ids += insert(db, "alice", "behind what waits")
+        node.hub.control("alice", events.read([1], None))
+        await eventually(lambda: stream.sent == len(ids))  # noqa: B023
+        client.resume()
+        await eventually(lambda: client.ids == ids)  # noqa: B023
+        await eventually(lambda: not stream.buffered)
+        ids += insert(db, "alice", "and direct again")
+        await eventually(lambda: client.ids == ids)  # noqa: B023
+        assert (stream.fd >= 0) is hand_over
+    assert len(client.of("read")) == 3
+    assert not client.closed
+
+
+async def test_the_descriptor_is_forgotten_with_the_connection() -> None:
+    """The next connection gets the same number: nothing may go to it by way of the old stream."""
+
+    class Owner:
+        def resume(self, wire: SocketWire) -> None:
+            """Of no interest."""
+
+        def lost(self, wire: SocketWire) -> None:
+            assert wire.stream.fd == -1
+
+    stream = Stream("alice", 1, 1)
+    stream.fd = 7
+    SocketWire(stream, Owner()).connection_lost(None)
+    assert stream.fd == -1
 
 
 @pytest.mark.parametrize("abrupt", [True, False], ids=["reset", "closed"])
