@@ -32,6 +32,9 @@ FIELD_BYTES = 8190
 FIELDS = 64
 LINGER_SECONDS = 5.0  # for the rest of a body that nobody wants any more
 SPARE_FILES = 128  # descriptors for the database, logs, static files
+# Connections whose head is awaited, from which on new ones are taken more slowly: each has a task
+# and a parser, and after a restart all clients connect before the first of them says anything.
+HEADS = 200
 
 
 def reserve(host: str, port: int) -> list[socket.socket]:
@@ -177,14 +180,17 @@ class Connection(web.RequestHandler):
             self._start_head_timer()
 
     def _start_head_timer(self) -> None:
+        self._site.heads += 1
         self._head_timer = self._loop.call_later(self._limits.head_seconds, self._head_is_late)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
+            self._site.heads -= 1
             self._head_timer.cancel()
             self._head_timer = None
 
     def _head_is_late(self) -> None:
+        self._site.heads -= 1
         self._head_timer = None
         if self.transport is not None:
             logger.debug("a request took too long: cut")
@@ -232,6 +238,7 @@ class Site(web.BaseSite):
         "_open",
         "_port",
         "_reuse_port",
+        "heads",
         "when_closed",
     )
 
@@ -264,6 +271,8 @@ class Site(web.BaseSite):
         self._busy = busy
         self._full = False
         self._open = 0
+        # Connections of which the head of a request is awaited.
+        self.heads = 0
         # One object for all connections that are handed over.
         self.when_closed = self.closed
 
@@ -295,7 +304,7 @@ class Site(web.BaseSite):
         acceptor = Acceptor(
             sockets,
             lambda: Connection(self, server, self._limits, loop),
-            self._busy,
+            lambda: self.heads >= HEADS or self._busy(),
             ssl_context=self._ssl_context,
             handshake_seconds=self._limits.head_seconds,
             shutdown_seconds=LINGER_SECONDS,

@@ -13,6 +13,7 @@ from aiohttp import ClientSession
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
 from sse_server.acceptor import BATCH, Acceptor
+from sse_server.connections import HEADS, Site
 from sse_server.sessions import STORAGE
 from sse_server.store import Claim
 from sse_server.stream import OPENING, STREAMS
@@ -125,3 +126,39 @@ async def test_streams_that_open_are_a_reason_to_wait(
         await eventually(lambda: len(node.hub) == len(keys), 30)
         await opening
         assert not streams.busy
+
+
+async def test_silent_connections_are_a_reason_to_wait(
+    settings: SettingsFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that have not said anything yet are counted, until they do, end, or are cut."""
+    pauses = 0
+    pause = Acceptor._pause
+
+    def counted(self: Acceptor, sock: socket.socket, seconds: float, most: float) -> None:
+        nonlocal pauses
+        pauses += 1
+        pause(self, sock, seconds, most)
+
+    monkeypatch.setattr(Acceptor, "_pause", counted)
+    async with running(settings(header_timeout=2)) as node:
+        [site] = node.runner.sites
+        assert isinstance(site, Site)
+        address = ("127.0.0.1", node.port)
+        # All of them wait before the first is taken.
+        silent = [socket.create_connection(address) for _ in range(3 * HEADS)]
+        await eventually(lambda: site.heads == len(silent))
+        assert pauses
+        url = f"http://127.0.0.1:{node.port}/livez"
+        async with ClientSession() as session, session.get(url) as answer:
+            assert answer.status == 200
+        assert site.heads == len(silent)  # that one has spoken
+        for sock in silent[:20]:
+            sock.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+        for sock in silent[20:30]:
+            sock.close()
+        await eventually(lambda: site.heads == len(silent) - 30)
+        await eventually(lambda: site.heads == 0)  # cut
+        assert silent[-1].recv(1) == b""
+        for sock in silent:
+            sock.close()
