@@ -254,10 +254,10 @@ class Client:
             await asyncio.wait({line.ended}, timeout=0.1)
             if line.silent_for > PATIENCE_SECONDS:
                 line.cut("silent for too long")
-        for left in self._left:
-            if not left.ended.done() and left.silent_for > PATIENCE_SECONDS:
-                left.cut("left, and silent for too long")
-        self._left = [left for left in self._left if not left.ended.done()]
+            for left in self._left:
+                if not left.ended.done() and left.silent_for > PATIENCE_SECONDS:
+                    left.cut("left, and silent for too long")
+            self._left = [left for left in self._left if not left.ended.done()]
 
     def _ended(self, line: Line) -> None:
         record = line.record

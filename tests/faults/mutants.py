@@ -59,8 +59,8 @@ MUTATIONS = (
         (
             (
                 "sse_server/hub.py",
-                "            if not stream.live:\n                stream.dirty = True\n",
-                "            if not stream.live:\n",
+                "                if not stream.live:\n                    stream.dirty = True\n",
+                "                if not stream.live:\n",
             ),
         ),
     ),
@@ -202,7 +202,7 @@ MUTATIONS = (
         (
             (
                 "sse_server/hub.py",
-                "                self._lag(stream, user, notification.id)\n",
+                "                    self._lag(stream, user, notification.id)\n",
                 "",
             ),
         ),
