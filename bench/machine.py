@@ -12,6 +12,10 @@ from pathlib import Path
 
 import psutil
 
+# A process that used less of a core than that, for so long, has nothing to do.
+SETTLED_SHARE = 0.05
+SETTLED_SECONDS = 1.0
+
 
 class BenchError(Exception):
     """Something that the bench needs is missing or failed; the text is a sentence."""
@@ -68,6 +72,19 @@ def _cpu_seconds(process: psutil.Process) -> float:
     except (OSError, ValueError, IndexError):  # another kernel, or a thread that has just ended
         times = process.cpu_times()
         return times.user + times.system
+
+
+def settle(*roots: int, seconds: float = 20.0) -> None:
+    """Wait until processes have nothing to do, but no longer than that.
+
+    Seeing off thousands of streams takes seconds of CPU, which are no delivery's.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        cpu = Cpu(*roots)
+        time.sleep(SETTLED_SECONDS)
+        if cpu.seconds() < SETTLED_SHARE * SETTLED_SECONDS:
+            return
 
 
 def memory_bytes(*roots: int) -> int:

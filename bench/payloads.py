@@ -72,7 +72,7 @@ def insert(dsn: str, arguments: argparse.Namespace) -> None:
 
 
 class Measured:
-    """CPU time from the first payload's arrival to the last; the INSERTs' thread only waits."""
+    """CPU time from the start of the INSERTs, whose thread only waits, to the last payload."""
 
     def __init__(self, dsn: str, arguments: argparse.Namespace) -> None:
         self._writer = threading.Thread(target=insert, args=(dsn, arguments))
@@ -109,7 +109,9 @@ async def feed(dsn: str, arguments: argparse.Namespace) -> float:
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await database.close()
-    assert metrics.payloads._value.get() == arguments.payloads, "the feed was not notified of all"
+    heard = metrics.registry.get_sample_value("sse_feed_payloads_total")
+    if heard != arguments.payloads:
+        sys.exit(f"the feed was notified of {heard:.0f} only, and found the others by itself")
     return measured.seconds
 
 

@@ -28,7 +28,7 @@ from bench.contenders import (
     user,
 )
 from bench.load import Histogram, Load
-from bench.machine import BenchError, Cpu, settled_memory_bytes
+from bench.machine import BenchError, Cpu, settle, settled_memory_bytes
 
 # Streams that are opened and closed first: what a process loads or allocates once is no stream's.
 WARM_UP_STREAMS = 20
@@ -49,9 +49,6 @@ ANNOUNCED = 2.0
 INSERT_STREAMS = 1000
 ANNOUNCED_STREAMS = 5000
 BULK_STREAMS = 10_000
-
-# For a server to notice that streams have gone.
-SETTLE_SECONDS = 1.0
 
 # Longest waits, seconds: a scenario that takes longer has failed.
 OPEN_SECONDS = 60.0
@@ -343,7 +340,7 @@ def single_notified(stage: Stage, streams: int) -> None:
             single(stage, streams, "single_notify")
         finally:
             # The load must be over when the feed decides by itself again, once a second.
-            time.sleep(2 * SETTLE_SECONDS)
+            time.sleep(2.0)
             publisher.execute("UPDATE settings SET feed_mode = 'auto'")
 
 
@@ -465,7 +462,7 @@ def of_everybody(stage: Stage) -> None:
                 idle(stage, streams)
     for streams in reversed(plan.streams):
         stage.load.close(keep=streams)
-        time.sleep(SETTLE_SECONDS)
+        settle(stage.server.pid)
         stage.open(streams)  # those that a storm has not brought back
         if "fanout" in plan.scenarios:
             with stage.trying("fanout_5", streams):
@@ -507,7 +504,7 @@ def of_users(stage: Stage) -> None:
         few = min(INSERT_STREAMS, streams)
         with stage.trying("insert_own", few):
             stage.load.close(keep=few)
-            time.sleep(SETTLE_SECONDS)
+            settle(stage.server.pid)
             inserts(stage, few)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from sse_server.cli.options import json_option
 from sse_server.cli.process import EXIT_FAILED, misconfigured
 from sse_server.cli.tail import read_token
 from sse_server.cli.text import printable
@@ -71,7 +72,7 @@ BESIDE_POOL = 2
     show_default=True,
     help="Seconds that a transaction may be open.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @click.pass_obj
 def doctor(
     options: dict[str, Any],

@@ -1,4 +1,4 @@
-"""The settings as options of the command line."""
+"""The settings as options of the command line, and what several commands have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import click
 from sse_server.config import Settings, variable
 
 C = TypeVar("C", bound=Any)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 
 
 def settings_options(command: C) -> C:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sse_server import audit
+from sse_server.cli.options import json_option
 from sse_server.cli.process import on_database
 from sse_server.events import timestamp
 from sse_server.services import hash_key, new_key
@@ -64,7 +65,7 @@ def service_add(options: dict[str, Any], name: str, rate: int) -> None:
 
 
 @service.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @click.pass_obj
 def service_list(options: dict[str, Any], *, as_json: bool) -> None:
     """Show all services.

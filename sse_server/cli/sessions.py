@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sse_server import audit
+from sse_server.cli.options import json_option
 from sse_server.cli.process import fail, on_database
 from sse_server.cli.text import printable
 from sse_server.events import timestamp
@@ -30,7 +31,7 @@ def sessions() -> None:
     show_default=True,
     help="Most sessions to show, the newest first.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @click.pass_obj
 def sessions_list(options: dict[str, Any], user: str | None, limit: int, *, as_json: bool) -> None:
     """Show the valid sessions, of all users or of USER. Their keys are stored nowhere.

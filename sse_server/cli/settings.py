@@ -14,6 +14,7 @@ import click
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from sse_server.cli.options import json_option
 from sse_server.cli.process import EXIT_MISCONFIGURED
 from sse_server.config import Settings, load, variable
 from sse_server.errors import ConfigurationError
@@ -115,7 +116,7 @@ def markdown() -> str:
 
 
 @click.command("settings")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @click.option("--markdown", "as_markdown", is_flag=True, help="All settings there are, as a page.")
 @click.pass_obj
 def settings(options: dict[str, Any], *, as_json: bool, as_markdown: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sse_server.cli.options import json_option
 from sse_server.cli.process import on_database
 from sse_server.cli.text import duration, printable, size
 from sse_server.operator import Day, Operator, Size, Totals
@@ -25,7 +26,7 @@ QUERY_SECONDS = 300.0
     show_default=True,
     help="Count the rows of so many days, by type; this reads the table. 0 leaves it out.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @click.pass_obj
 def stats(options: dict[str, Any], days: int, *, as_json: bool) -> None:
     """Show what there is: notifications, sessions, the feeds' mode, sizes.
