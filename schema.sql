@@ -137,6 +137,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     -- Counts the streams that this session has opened: the highest number is the one that counts,
     -- on whatever node it is; all others are superseded.
     stream     bigint      NOT NULL DEFAULT 0,
+    -- When that one was opened; null once it has ended. A node that dies leaves it behind, so it
+    -- counts for no longer than a stream may last.
+    stream_at  timestamptz,
     CONSTRAINT sessions_pkey PRIMARY KEY (id),
     CONSTRAINT sessions_key_hash_key UNIQUE (key_hash),
     CONSTRAINT sessions_key_hash_length CHECK (octet_length(key_hash) = 32),
@@ -144,6 +147,16 @@ CREATE TABLE IF NOT EXISTS sessions (
     CONSTRAINT sessions_user_id_format
         CHECK (octet_length(user_id) BETWEEN 1 AND 255 AND user_id !~ '[[:cntrl:]]')
 );
+
+-- Looked for first: ADD COLUMN IF NOT EXISTS waits for every reader, even if there is nothing to do.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute
+                    WHERE attrelid = 'sessions'::regclass AND attname = 'stream_at') THEN
+        ALTER TABLE sessions ADD COLUMN stream_at timestamptz;
+    END IF;
+END
+$$;
 
 -- Sign-in tokens that have become a session: each works once, on whatever node.
 CREATE TABLE IF NOT EXISTS used_tokens (

@@ -45,11 +45,13 @@ from sse_server.store import Store
 from sse_server.stream import STREAMS, Streams, stream
 from sse_server.tasks import Supervisor
 from sse_server.tokens import Verifier
+from sse_server.usage import Usage
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = web.AppKey("settings", Settings)
 SUPERVISOR = web.AppKey("supervisor", Supervisor)
+USAGE = web.AppKey("usage", Usage)
 
 # Limits
 BODY_BYTES = 64 * 1024
@@ -121,7 +123,11 @@ def create_app(settings: Settings) -> web.Application:
         max_seconds=settings.stream_max_seconds,
     )
     storage = PostgresStorage(
-        store, seconds=settings.session_seconds, cross_site=bool(settings.allowed_origins)
+        store,
+        seconds=settings.session_seconds,
+        streams_per_user=settings.streams_per_user,
+        stream_seconds=settings.stream_max_seconds,
+        cross_site=bool(settings.allowed_origins),
     )
     observer = Observer(metrics, settings.trusted_proxies)
     app = web.Application(
@@ -155,6 +161,8 @@ def create_app(settings: Settings) -> web.Application:
     app[SUPERVISOR] = Supervisor()
     app[notifications.STORE] = store
     feed = app[operations.FEED] = Feed(store, hub, metrics, probe_seconds=settings.probe_seconds)
+    usage = app[USAGE] = Usage(store, limits)
+    feed.listen(usage.KIND, usage.heard)
     app[operations.GAUGES] = operations.Gauges(metrics, hub, feed, store.database)
     app[operations.HUB] = hub
     app[operations.METRICS] = metrics
@@ -253,6 +261,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     supervisor.start("feed", app[operations.FEED].run())
     supervisor.start("clock", _clock(app[operations.HUB]))
     supervisor.start("limits", app[LIMITS].run())
+    supervisor.start("usage", app[USAGE].run())
     supervisor.start("retention", Retention(store, app[operations.METRICS]).run())
     supervisor.start("gauges", app[operations.GAUGES].run())
     yield

@@ -159,8 +159,8 @@ class Settings(BaseSettings):
     streams_per_user: int = Field(
         20,
         ge=1,
-        description="Most streams (sessions) of one user in each process; a further one is turned "
-        "away.",
+        description="Most streams (sessions) of one user, on all processes together; a further one "
+        "is turned away.",
     )
     streams_per_address: int = Field(
         0,
@@ -204,19 +204,19 @@ class Settings(BaseSettings):
     api_calls_per_minute: int = Field(
         120,
         ge=0,
-        description="Most API calls of one user in a minute, in each process; 0 is no limit.",
+        description="Most API calls of one user in a minute; 0 is no limit.",
     )
     anonymous_calls_per_minute: int = Field(
         600,
         ge=0,
         description="Most API calls without a valid session from one address (/64 for IPv6) in a "
-        "minute, in each process; 0 is no limit.",
+        "minute; 0 is no limit.",
     )
     sign_ins_per_minute: int = Field(
         60,
         ge=0,
         description="Most attempts to sign in, or with a wrong service key, from one address "
-        "(/64 for IPv6) in a minute, in each process; 0 is no limit.",
+        "(/64 for IPv6) in a minute; 0 is no limit.",
     )
 
     # Logging

@@ -181,7 +181,7 @@ class Connection:
             async with asyncio.timeout(self._query_timeout):
                 async with await self._raw.cursor() as cursor:
                     await cursor.execute(self._prefix + query, params)
-                    return list(await cursor.fetchall()) if cursor.description else []
+                    return list(await cursor.fetchall()) if cursor.description is not None else []
         except TimeoutError as exc:
             self.close()
             raise DatabaseUnavailable(

@@ -18,7 +18,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sse_server import events, spans
@@ -69,6 +69,9 @@ _NOT_OURS = (
     OSError,
 )
 
+# Takes a payload; what it raises of `_NOT_OURS` means that it was none of ours.
+Listener = Callable[[dict[str, Any]], Awaitable[None]]
+
 T = TypeVar("T")
 
 
@@ -108,6 +111,7 @@ class Feed:
             "stream": self._on_stream,
             "mode": self._on_mode,
         }
+        self._listeners: dict[str, Listener] = {}
         self._recheck_sessions = False
         # Polling, and if so, since when the triggers notify again: the first snapshot from then.
         # Until all transactions that it shows running have ended, polling has to go on.
@@ -119,6 +123,10 @@ class Feed:
         self._last_xact = 0
         self._decided_at = 0.0
         self._quiet_since: float | None = None
+
+    def listen(self, kind: str, listener: Listener) -> None:
+        """Have payloads of a kind that is not the feed's own handed to somebody."""
+        self._listeners[kind] = listener
 
     @property
     def connected(self) -> bool:
@@ -267,6 +275,8 @@ class Feed:
                 await self._on_notification(connection, message)
             elif (handler := self._handlers.get(kind)) is not None:
                 handler(message)
+            elif (listener := self._listeners.get(kind)) is not None:
+                await listener(message)
             # Others come from a newer version during a rolling upgrade.
         except _NOT_OURS:
             # Anybody who may connect may NOTIFY on any channel. Not a word of what it said.

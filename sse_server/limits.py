@@ -1,7 +1,8 @@
 """Who may ask how often: aiolimiter's leaky buckets, one for each key, forgotten when idle.
 
-A bucket of n per minute takes n at once and then one every 60/n seconds. Limits are those of this
-process; what must hold across nodes and writers is enforced in the database
+A bucket of n per minute takes n at once and then one every 60/n seconds. What other processes tell
+of (`usage`) goes into the same buckets, so a limit is one for all of them together, though each may
+be a moment behind. What must be exact across nodes and writers is enforced in the database
 (``settings.user_rate_per_minute``).
 
 Nothing else imports aiolimiter.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # Seconds in which a full bucket runs empty: limits are per minute.
 PERIOD = 60.0
+
+# Part of a limit that, used here and not yet told to the other processes, is urgent to tell.
+URGENT_SHARE = 0.1
 
 # Keys whose refusals are reported one by one in one period; the others only as a number.
 MOST_REPORTED = 1000
@@ -54,6 +58,7 @@ class Limit:
         period: float = PERIOD,
         refused: Refused | None = None,
         refusals: Counted | None = None,
+        urgent: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -63,12 +68,16 @@ class Limit:
             refused: Told of the first refusal of a key in a period at once, and of the others
                 together at its end. A flood must not become a flood of records.
             refusals: Counts each.
+            urgent: Called when `untold()` had better be called soon.
         """
         self.name = name
         self.rate = rate
         self.period = period
         self._refused = refused
         self._counted = refusals
+        self._urgent = urgent
+        # What was taken since `untold()` was called last: how many, and by which rate.
+        self._untold: dict[str, tuple[int, float]] = {}
         # Used in this period, and in the one before; see rotate().
         self._buckets: dict[str, AsyncLimiter] = {}
         self._older: dict[str, AsyncLimiter] = {}
@@ -96,7 +105,36 @@ class Limit:
         # acquire() looks again, and would wait if somebody had been quicker. Nobody can have been:
         # a coroutine that is awaited runs at once, and this one has nothing to wait for.
         await bucket.acquire()
+        count = self._untold.get(key, (0, rate))[0] + 1
+        self._untold[key] = count, rate
+        if self._urgent is not None and count >= URGENT_SHARE * rate:
+            self._urgent()
         return True
+
+    def untold(self) -> list[tuple[str, int, float]]:
+        """What was taken since it was called last: (key, how many, rate) each."""
+        untold, self._untold = self._untold, {}
+        return [(key, count, rate) for key, (count, rate) in untold.items()]
+
+    async def heard(self, key: str, count: int, rate: float) -> None:
+        """Count what another process has taken: as much of it as there is room for.
+
+        Args:
+            key: Whose bucket.
+            count: How many.
+            rate: By which that process judges the key, for one that is unknown here.
+        """
+        if not self.rate or rate <= 0:
+            return
+        bucket = self._bucket(key, rate, keep=True)
+        amount = count
+        while amount >= 1:
+            if bucket.has_capacity(amount):
+                await bucket.acquire(amount)  # as in take(): this does not wait
+                count -= amount
+                amount = min(amount, count)
+            else:
+                amount //= 2
 
     async def require(self, key: str, *, rate: float | None = None) -> None:
         """`take()`, or refuse the request.
@@ -122,6 +160,7 @@ class Limit:
     def rotate(self) -> None:
         """Forget the keys that were not used for a whole period. To be called once in each."""
         self._older, self._buckets = self._buckets, {}
+        self._untold.clear()
         refusals, self._refusals = self._refusals, {}
         if self._refused is None:
             return
@@ -132,11 +171,12 @@ class Limit:
         if others:
             self._refused(self.name, "others", others)
 
-    def _bucket(self, key: str, rate: float) -> AsyncLimiter:
+    def _bucket(self, key: str, rate: float, *, keep: bool = False) -> AsyncLimiter:
+        """The key's bucket; a new one if its rate is another, unless it is to be kept."""
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._older.pop(key, None)
-        if bucket is None or bucket.max_rate != rate:
+        if bucket is None or (bucket.max_rate != rate and not keep):
             bucket = AsyncLimiter(rate, self.period)
         self._buckets[key] = bucket
         return bucket
@@ -193,12 +233,28 @@ class Limits:
 
         def limit(name: str, rate: float, label: str) -> Limit:
             counted = None if metrics is None else metrics.refusals.labels(label).inc
-            return Limit(name, rate, period=period, refused=refused, refusals=counted)
+            return Limit(
+                name,
+                rate,
+                period=period,
+                refused=refused,
+                refusals=counted,
+                urgent=self.urgent.set,
+            )
 
+        # Set when a good part of some limit was used since the other processes were told of it.
+        self.urgent = asyncio.Event()
         self.users = limit("API calls", api_calls, "api_calls")
         self.anonymous = limit("calls without a session", anonymous_calls, "anonymous_calls")
         self.sign_ins = limit("sign-in attempts", sign_ins, "sign_ins")
         self.services = limit("publishing", 600, "publishing")
+        # By the names under which processes tell one another of them.
+        self.by_name: Mapping[str, Limit] = {
+            "users": self.users,
+            "anonymous": self.anonymous,
+            "sign_ins": self.sign_ins,
+            "services": self.services,
+        }
         # Whose session a key (its hash) is, of those used lately; see may_open_stream().
         self._sessions: dict[bytes, str] = {}
         self._older_sessions: dict[bytes, str] = {}
@@ -226,7 +282,7 @@ class Limits:
 
     def rotate(self) -> None:
         """Drop what is idle."""
-        for limit in (self.users, self.anonymous, self.sign_ins, self.services):
+        for limit in self.by_name.values():
             limit.rotate()
         self._older_sessions, self._sessions = self._sessions, {}
 

@@ -45,28 +45,70 @@ UPDATE sessions SET user_id = %(user_id)s, data = %(data)s WHERE key_hash = %(ke
 DELETE FROM sessions WHERE key_hash = %(key_hash)s
 
 -- Locked in the order of their ids: two nodes may open streams of the same sessions at once.
--- A session that is asked for several times in one batch gets as many numbers.
+-- A session that is asked for several times in one batch gets as many numbers. None at all if its
+-- user has as many streams as one may, in other sessions and on whatever nodes: exact but for those
+-- that several nodes open at the same moment.
 -- name: claim_streams
 WITH wanted AS (
-    SELECT * FROM unnest(%(key_hashes)s::bytea[], %(counts)s::int[]) AS w (key_hash, count)
+    SELECT *
+      FROM unnest(%(key_hashes)s::bytea[], %(counts)s::int[])
+           WITH ORDINALITY AS w (key_hash, count, position)
 ), locked AS MATERIALIZED (
-    SELECT s.id, w.count
+    SELECT s.id, s.key_hash, s.user_id, w.count, w.position,
+           s.stream_at > clock_timestamp() - make_interval(secs => %(seconds)s) AS open
       FROM sessions s JOIN wanted w ON w.key_hash = s.key_hash
      WHERE s.expires_at > clock_timestamp()
      ORDER BY s.id
        FOR NO KEY UPDATE OF s
+), others AS (
+    SELECT u.user_id,
+           -- Nobody's thousands of sessions may make each claim slow.
+           (SELECT count(*)
+              FROM (SELECT FROM (SELECT s.stream_at, s.expires_at FROM sessions s
+                                  WHERE s.user_id = u.user_id LIMIT 10000) AS s
+                     WHERE s.stream_at > clock_timestamp() - make_interval(secs => %(seconds)s)
+                       AND s.expires_at > clock_timestamp()
+                     LIMIT %(most)s + u.asking) AS open)
+           - u.open AS streams
+      FROM (SELECT user_id, count(*) AS asking, count(*) FILTER (WHERE open) AS open
+              FROM locked GROUP BY user_id) AS u
+), allowed AS MATERIALIZED (
+    SELECT l.id, l.count
+      -- First those whose session has a stream already: it is the same one, opened anew.
+      FROM (SELECT *, row_number() OVER (PARTITION BY user_id
+                                             ORDER BY open IS NOT TRUE, position) AS nth
+              FROM locked) AS l
+      JOIN others o ON o.user_id = l.user_id
+     WHERE o.streams + l.nth <= %(most)s
 ), claimed AS (
-    UPDATE sessions s SET stream = s.stream + l.count
-      FROM locked l WHERE s.id = l.id
-    RETURNING s.key_hash, s.id, s.user_id, s.stream,
+    UPDATE sessions s SET stream = s.stream + a.count, stream_at = clock_timestamp()
+      FROM allowed a WHERE s.id = a.id
+    RETURNING s.id, s.stream,
               extract(epoch FROM s.expires_at - clock_timestamp())::float8 AS seconds_left
 )
-SELECT c.*,
+SELECT l.key_hash, l.id, l.user_id, c.stream, c.seconds_left,
        (SELECT pg_notify((SELECT channel FROM settings),
                          '{"t":"stream","s":[' || string_agg('[' || id || ',' || stream || ']', ',')
                          || ']}')
-          FROM claimed)
-  FROM claimed c
+          FROM claimed HAVING count(*) > 0)
+  FROM locked l LEFT JOIN claimed c ON c.id = l.id
+
+-- Streams that have ended, unless their session has opened another one. Locked in the same order.
+-- name: release_streams
+WITH ended AS MATERIALIZED (
+    SELECT s.id
+      FROM sessions s
+      JOIN unnest(%(ids)s::bigint[], %(numbers)s::bigint[]) AS e (id, number)
+        ON s.id = e.id AND s.stream = e.number
+     ORDER BY s.id
+       FOR NO KEY UPDATE OF s
+)
+UPDATE sessions s SET stream_at = NULL FROM ended e WHERE s.id = e.id
+
+-- What the users of this process have used, for the limits of the others.
+-- name: share_usage
+SELECT pg_notify((SELECT channel FROM settings), payload)
+  FROM unnest(%(payloads)s::text[]) AS payload
 
 -- Which of these streams should still be open: seconds until the session expires (by the database's
 -- clock, the nodes' may differ) and its newest stream.

@@ -12,6 +12,7 @@ import hashlib
 import re
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -44,11 +45,21 @@ def hash_key(key: str) -> bytes:
 class PostgresStorage(AbstractStorage):
     """aiohttp-session's storage in the table ``sessions``. ``session["user_id"]`` is its user."""
 
-    def __init__(self, store: Store, *, seconds: float, cross_site: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        seconds: float,
+        streams_per_user: int,
+        stream_seconds: float,
+        cross_site: bool = False,
+    ) -> None:
         """
         Args:
             store: Where the table is.
             seconds: How long a session lasts. It is not prolonged by use.
+            streams_per_user: How many may be open, on all nodes together.
+            stream_seconds: The longest that a stream lasts.
             cross_site: Whether pages of other sites may use the session. The cookie is then no
                 longer withheld by SameSite; what keeps the other sites out is `same_site()`, and
                 that the cookie is partitioned, where the browser knows that.
@@ -60,7 +71,10 @@ class PostgresStorage(AbstractStorage):
         self._seconds = seconds
         self._cross_site = cross_site
         self._claims: Batcher[bytes, Claim | None] = Batcher(
-            "claim streams", store.claim_streams, size=CLAIM_BATCH, concurrency=2
+            "claim streams",
+            partial(store.claim_streams, most=streams_per_user, seconds=stream_seconds),
+            size=CLAIM_BATCH,
+            concurrency=2,
         )
 
     def key(self, request: web.Request) -> str | None:

@@ -50,12 +50,17 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to be the one stream of a session, unless a higher number is claimed later."""
+    """The right to be the one stream of a session, unless a higher number is claimed later.
+
+    Attributes:
+        number: `None` is a refusal: the user has as many streams as one may.
+        seconds_left: Until the session expires; `None` if refused.
+    """
 
     session_id: int
     user_id: str
-    number: int
-    seconds_left: float
+    number: int | None
+    seconds_left: float | None
 
 
 @dataclass(slots=True)
@@ -367,8 +372,15 @@ class Store:
     async def delete_session(self, key_hash: bytes) -> None:
         await self.database.fetch(self._q["delete_session"], {"key_hash": key_hash})
 
-    async def claim_streams(self, key_hashes: Sequence[bytes]) -> list[Claim | None]:
+    async def claim_streams(
+        self, key_hashes: Sequence[bytes], *, most: int, seconds: float
+    ) -> list[Claim | None]:
         """Make each session's next stream the one that counts; the others are told by NOTIFY.
+
+        Args:
+            key_hashes: Of the sessions, in the order in which they asked.
+            most: Streams that a user may have, on all nodes together.
+            seconds: The longest that a stream lasts.
 
         Returns: One for each key, in order; `None` where there is no valid session.
         """
@@ -377,7 +389,12 @@ class Store:
             counts[key_hash] = counts.get(key_hash, 0) + 1
         rows = await self.database.fetch(
             self._q["claim_streams"],
-            {"key_hashes": list(counts), "counts": list(counts.values())},
+            {
+                "key_hashes": list(counts),
+                "counts": list(counts.values()),
+                "most": most,
+                "seconds": seconds,
+            },
         )
         found = {bytes(row[0]): row for row in rows}
         claims: list[Claim | None] = []
@@ -387,8 +404,16 @@ class Store:
                 claims.append(None)
                 continue
             counts[key_hash] -= 1
-            claims.append(Claim(row[1], row[2], row[3] - counts[key_hash], row[4]))
+            number = None if row[3] is None else row[3] - counts[key_hash]
+            claims.append(Claim(row[1], row[2], number, row[4]))
         return claims
+
+    async def release_streams(self, ended: Sequence[tuple[int, int]]) -> None:
+        """Streams that have ended, as (session, number), are no more their users' open ones."""
+        ids, numbers = zip(*ended, strict=True)
+        await self.database.fetch(
+            self._q["release_streams"], {"ids": list(ids), "numbers": list(numbers)}
+        )
 
     async def check_sessions(
         self, ids: Sequence[int], *, connection: Connection | None = None
@@ -640,6 +665,12 @@ class Store:
             self._q["explicit_preferences"], {"user_ids": list(user_ids)}
         )
         return {row[0]: row[1] for row in rows}
+
+    # Limits
+
+    async def share_usage(self, payloads: Sequence[str]) -> None:
+        """Tell all feeds, each payload by one NOTIFY."""
+        await self.database.fetch(self._q["share_usage"], {"payloads": list(payloads)}, retry=False)
 
     # Publishing
 

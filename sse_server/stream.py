@@ -46,6 +46,9 @@ REPLAY_BATCH = 50
 # As are the sessions of this many.
 CHECK_BATCH = 200
 
+# Streams that have ended: so many are released by one query.
+RELEASE_BATCH = 500
+
 # From so many on, new connections are taken more slowly: as many as a batch of each kind, and some.
 OPENING = 200
 
@@ -55,6 +58,9 @@ LEAST_PAGE_ROWS = 20
 
 # Pause between tries of a stream that replays while the database is away.
 RETRY_SECONDS = (0.5, 2.0)
+
+# At the end of the process, for the releases of its last streams.
+RELEASE_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -114,6 +120,10 @@ class Streams:
         self._pages: Batcher[Position, Page] = Batcher(
             "replay", self._replay_batch, size=REPLAY_BATCH, concurrency=3
         )
+        # (session, number) of those that have ended.
+        self._releases: Batcher[tuple[int, int], None] = Batcher(
+            "release streams", self._release_batch, size=RELEASE_BATCH, concurrency=1
+        )
         # Seconds left and newest stream of a session; `None` if it has ended.
         self._sessions: Batcher[int, tuple[float, int] | None] = Batcher(
             "check sessions", self._check_batch, size=CHECK_BATCH, concurrency=2
@@ -127,6 +137,17 @@ class Streams:
     async def _check_batch(self, ids: list[int]) -> list[tuple[float, int] | None]:
         valid = await self._store.check_sessions(ids)
         return [valid.get(id) for id in ids]
+
+    async def _release_batch(self, ended: list[tuple[int, int]]) -> list[None]:
+        try:
+            await self._store.release_streams(ended)
+        except DatabaseError as exc:
+            # They will count for as long as they might have lasted.
+            logger.info("%d ended streams could not be released: %s", len(ended), exc)
+        return [None] * len(ended)
+
+    def _release(self, session_id: int, number: int) -> None:
+        _ = self._releases.ask((session_id, number))  # nobody waits for it
 
     @property
     def busy(self) -> bool:
@@ -176,14 +197,20 @@ class Streams:
             ):
                 raise limits.anonymous.refusal()
             raise NotSignedIn("Sign in first.")
-        if not await limits.claimed_stream(key, claim.user_id):
+        counted = await limits.claimed_stream(key, claim.user_id)
+        if claim.number is None or claim.seconds_left is None:
             return await self._turn_away(request, Closing.LIMIT)
         stream = Stream(claim.user_id, claim.session_id, claim.number, address=address)
-        refused = self._hub.register(stream, claim.seconds_left)
+        refused = self._hub.register(stream, claim.seconds_left) if counted else Closing.LIMIT
         if refused is not None:
+            self._release(claim.session_id, claim.number)
             return await self._turn_away(request, refused)
         try:
             opened = await self._head(request, stream, asked)
+        except DatabaseError:
+            self._hub.close(stream, Closing.UNAVAILABLE)
+            self._ended(stream)
+            return await self._turn_away(request, Closing.UNAVAILABLE)
         except BaseException:
             self._ended(stream)
             raise
@@ -191,6 +218,9 @@ class Streams:
 
     def _ended(self, stream: Stream) -> None:
         self._hub.unregister(stream)
+        # Of the others the session has gone, or has another stream that counts.
+        if stream.closing not in (Closing.SESSION_ENDED, Closing.SUPERSEDED):
+            self._release(stream.session_id, stream.number)
         seconds = time.monotonic() - stream.opened_at
         logger.info(
             "stream %d/%d closed: %s, %d sent in %.1f s",
@@ -231,17 +261,16 @@ class Streams:
     async def _head(
         self, request: web.Request, stream: Stream, asked: Cursor
     ) -> web.StreamResponse | Coroutine[Any, Any, web.StreamResponse]:
-        """Returns: As `_open()`."""
+        """Returns: As `_open()`.
+
+        Raises:
+            DatabaseError: The head has not been sent.
+        """
         # Asked for before the head is sent: without a database there is nothing to stream.
         first = Position(stream.user_id, cursor=asked.id)
-        try:
-            page, session = await asyncio.gather(
-                self._pages.ask(first), self._sessions.ask(stream.session_id)
-            )
-        except DatabaseError:
-            self._hub.close(stream, Closing.UNAVAILABLE)
-            self._ended(stream)
-            return await self._turn_away(request, Closing.UNAVAILABLE)
+        page, session = await asyncio.gather(
+            self._pages.ask(first), self._sessions.ask(stream.session_id)
+        )
         # The session may have ended, or opened another stream elsewhere, between the claim and
         # register(): announced while the hub did not know this stream, and never again.
         if session is None:
@@ -457,6 +486,7 @@ class Streams:
 
     async def close(self) -> None:
         await cancel_and_wait(*self._tasks)
+        await self._releases.finish(RELEASE_SECONDS)
         await self._pages.close()
         await self._sessions.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections import deque
@@ -140,6 +141,14 @@ class Batcher(Generic[Question, Answer]):
         for (_, future), answer in zip(batch, answers, strict=True):
             if not future.done():
                 future.set_result(answer)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until all is answered, but no longer than that; then `close()`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._running:
+                    await asyncio.wait(self._running)
+        await self.close()
 
     async def close(self) -> None:
         """Cancel what is under way and what waits."""

@@ -23,7 +23,7 @@ def fetch(connection: Connection, statement: str, *params: object) -> list[tuple
     """Run a statement and return its rows, if it is one that has any."""
     with connection.cursor() as cursor:
         cursor.execute(statement, params or None)
-        return cursor.fetchall() if cursor.description else []
+        return cursor.fetchall() if cursor.description is not None else []
 
 
 class Listener:

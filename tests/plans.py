@@ -177,11 +177,14 @@ def cases(db: Connection, size: Size) -> Iterator[Case]:
     yield case("delete_session", "sessions_key_hash_key", 30, key_hash=_hash("0"))
     yield case(
         "claim_streams",
-        "sessions_key_hash_key sessions_pkey",
+        "sessions_key_hash_key sessions_pkey sessions_user_id_idx",
         60,
         key_hashes=[_hash("0")],
         counts=[1],
+        most=20,
+        seconds=3600,
     )
+    yield case("release_streams", "sessions_pkey", 60, ids=[1, 2], numbers=[0, 1])
     yield case("check_sessions", "sessions_pkey", ids=[1, 2, 3])
     yield case(
         "delete_expired_sessions",
@@ -265,6 +268,8 @@ def cases(db: Connection, size: Size) -> Iterator[Case]:
         user_id=typical,
         up_to=cursor[typical],
     )
+
+    yield case("share_usage", payloads=['{"t":"usage","n":"plans","l":"users","u":[]}'])
 
     yield case("preferences", "user_preferences_pkey", user_id=typical)
     yield case(

@@ -42,7 +42,7 @@ YEAR_MS = 365 * 86_400_000
 def query(db: Connection, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
     with db.cursor() as cursor:
         cursor.execute(statement, parameters or None)
-        return cursor.fetchall() if cursor.description else []
+        return cursor.fetchall() if cursor.description is not None else []
 
 
 def insert(db: Connection, user_id: str, *messages: str) -> list[int]:

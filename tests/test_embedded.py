@@ -46,7 +46,7 @@ def query(dsn: str, statement: str) -> Any:
     try:
         with connection.cursor() as cursor:
             cursor.execute(statement)
-            return cursor.fetchone() if cursor.description else None
+            return cursor.fetchone() if cursor.description is not None else None
     finally:
         connection.close()
 

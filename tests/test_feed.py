@@ -447,6 +447,19 @@ HOSTILE = [
     '{"t": "session", "s": [1]}',
     '{"t": "stream", "s": [[1, "x"]]}',
     '{"t": "stream", "s": [[{}, 1]]}',
+    '{"t": "usage", "n": "x", "u": []}',
+    '{"t": "usage", "n": "x", "l": ["users"], "u": []}',
+    '{"t": "usage", "n": "x", "l": "no such limit", "u": [["user:alice", 1, 120]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": null}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:alice", 1]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:alice", "1", 120]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:alice", NaN, 120]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:bob", Infinity, 120]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:alice", 1, "120"]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:carol", 1' + "0" * 400 + ", 120]]}",
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:carol", -1, 1e-300]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [["user:dave", 1e300, Infinity]]}',
+    '{"t": "usage", "n": "x", "l": "users", "u": [[["user:alice"], 1, 120]]}',
 ]
 
 

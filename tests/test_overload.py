@@ -7,16 +7,24 @@ import asyncio
 import pytest
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
-from tests.conftest import SettingsFactory, eventually
+from sse_server.app import SUPERVISOR
+from tests.conftest import SettingsFactory, connect, eventually
 from tests.streaming import (
     Node,
     RawStream,
+    end_session,
     insert,
     query,
     running,
     sign_in,
     without_rate_limit,
 )
+
+
+def open_streams(db: Connection) -> int:
+    """How many the database knows to be open."""
+    [[count]] = query(db, "SELECT count(*) FROM sessions WHERE stream_at IS NOT NULL")
+    return int(count)
 
 
 async def turned_away(node: Node, key: str) -> RawStream:
@@ -55,7 +63,70 @@ async def test_one_stream_too_many(
         assert node.count("sse_streams_turned_away_total", reason=reason) == 6
         streams[0].cut()
         await eventually(lambda: len(node.hub) == 2)
+        await eventually(lambda: open_streams(db) == 2)
         assert (await node.open_live(keys[7])).ids == ids
+
+
+async def test_the_limit_of_a_user_holds_for_all_nodes(
+    settings: SettingsFactory, db: Connection
+) -> None:
+    """However the streams are spread; a session that has one may take it to another node, and
+    whatever way a stream ends, there is room for another one."""
+    keys = sign_in(db, *["alice"] * 7)
+    configured = settings(streams_per_user=3)
+    async with running(configured) as there:
+        async with running(configured) as here:
+            away = await there.open_live(keys[0])
+            streams = [await here.open_live(key) for key in keys[1:3]]
+            for node in (here, there):
+                assert (await turned_away(node, keys[3])).reason == "limit"
+            moved = await here.open_live(keys[0])
+            await eventually(lambda: away.reason == "superseded")
+            assert (await turned_away(there, keys[3])).reason == "limit"
+
+            streams[0].cut()
+            await eventually(lambda: open_streams(db) == 2)
+            await there.open_live(keys[3])
+            assert (await turned_away(here, keys[4])).reason == "limit"
+            end_session(db, keys[0])
+            await eventually(lambda: moved.reason == "session_ended")
+            await there.open_live(keys[4])
+            assert (await turned_away(there, keys[5])).reason == "limit"
+        # `here` has ended its stream, and said so.
+        assert open_streams(db) == 2
+        await there.open_live(keys[5])
+        assert (await turned_away(there, keys[6])).reason == "limit"
+
+
+async def test_the_last_streams_of_a_process_are_released(
+    settings: SettingsFactory, db: Connection, dsn: str
+) -> None:
+    """It does not go before it has said that they have ended."""
+    [key] = sign_in(db, "alice")
+    holder = connect(dsn)
+    holder.autocommit = False
+    async with running(settings()) as node:
+        stream = await node.open_live(key)
+        query(holder, "SELECT FROM sessions FOR UPDATE")
+
+        async def let_go() -> None:
+            await eventually(lambda: stream.closed and not node.app[SUPERVISOR]._tasks)
+            await asyncio.sleep(0.2)  # time to go, if it did
+            holder.commit()
+
+        letting_go = asyncio.create_task(let_go())
+    await letting_go
+    holder.close()
+    assert open_streams(db) == 0
+
+
+async def test_what_finds_no_room_is_released(settings: SettingsFactory, db: Connection) -> None:
+    """A stream that this process or a limit turns away after its claim counts no more."""
+    keys = sign_in(db, "alice", "alice")
+    async with running(settings(api_calls_per_minute=1)) as node:
+        await node.open_live(keys[0])
+        assert (await turned_away(node, keys[1])).reason == "limit"
+        await eventually(lambda: open_streams(db) == 1)
 
 
 async def test_a_stream_that_is_refused_does_not_end_an_older_one(

@@ -18,7 +18,7 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from sse_server.app import create_app
 from sse_server.services import new_key
 from sse_server.sessions import COOKIE
-from tests.conftest import Client, SettingsFactory
+from tests.conftest import Client, SettingsFactory, eventually
 from tests.sse import EventReader
 from tests.streaming import end_session, query, sign_in
 
@@ -348,6 +348,11 @@ async def test_the_table(scene: Scene, caller: str) -> None:
         headers = scene.headers(caller)
         before = dump(scene.db)
         answer, text = await scene.call(method, path, headers, row.body)
+        if path == "/api/stream":
+            # That it has ended is written after it has.
+            await eventually(
+                lambda: not query(scene.db, "SELECT id FROM sessions WHERE stream_at IS NOT NULL")
+            )
         after = dump(scene.db)
         expected = getattr(row, caller)
         if answer != expected:

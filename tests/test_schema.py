@@ -83,7 +83,7 @@ def objects(dsn: str) -> list[tuple[Any, ...]]:
              WHERE relnamespace = current_schema()::regnamespace
             UNION ALL
             SELECT 'column', attrelid::regclass::text, attname, format_type(atttypid, atttypmod)
-              FROM pg_attribute WHERE attnum > 0 AND attrelid IN (
+              FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped AND attrelid IN (
                    SELECT oid FROM pg_class WHERE relnamespace = current_schema()::regnamespace)
             UNION ALL
             SELECT 'function', oid::regprocedure::text, proacl::text, pg_get_functiondef(oid)
@@ -294,6 +294,7 @@ async def test_another_version_is_applied(empty: str) -> None:
         execute(empty, "COMMENT ON TABLE settings IS 'of last year'")
         execute(empty, "DROP INDEX notifications_unread_idx")
         execute(empty, "DROP TRIGGER notifications_accept ON notifications")
+        execute(empty, "ALTER TABLE sessions DROP COLUMN stream_at")  # as it once was
         await store.apply_schema()
     assert objects(empty) == first
 
@@ -471,10 +472,21 @@ async def _smoke(
     session = await store.session_by_key(key)
     assert session is not None
     assert (session.id, session.user_id, session.data) == (id, "ada", {"a": 2})
-    (claim,) = await store.claim_streams([key])
+    (claim,) = await store.claim_streams([key], most=20, seconds=3600)
     assert claim is not None
     assert (claim.session_id, claim.number) == (id, 1)
     assert listener.payloads() == [{"t": "stream", "s": [[id, 1]]}]
+    other = secrets.token_bytes(32)
+    await store.insert_session(other, "ada", {}, 3600)
+    (claim,) = await store.claim_streams([other], most=1, seconds=3600)
+    assert claim is not None
+    assert claim.number is None
+    await store.release_streams([(id, 1)])
+    assert fetch(db, "SELECT count(*) FROM sessions WHERE stream_at IS NOT NULL") == [(0,)]
+    await store.delete_session(other)
+    assert len(listener.of("session")) == 1
+    await store.share_usage(['{"t":"usage"}'])
+    assert listener.payloads() == [{"t": "usage"}]
     assert (await store.check_sessions([id]))[id][1] == 1
     fetch(db, "UPDATE sessions SET expires_at = clock_timestamp() + interval '1 minute'")
     (payload,) = listener.of("session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -452,7 +452,11 @@ async def test_expired_sessions(store: Store, db: Connection) -> None:
     assert await store.session_by_key(kept) is not None
 
 
-def claimed(claims: list[Claim | None]) -> list[tuple[str, int] | None]:
+async def claim(store: Store, keys: Sequence[bytes], most: int = 10_000) -> list[Claim | None]:
+    return await store.claim_streams(keys, most=most, seconds=3600)
+
+
+def claimed(claims: list[Claim | None]) -> list[tuple[str, int | None] | None]:
     return [None if claim is None else (claim.user_id, claim.number) for claim in claims]
 
 
@@ -460,12 +464,13 @@ async def test_claim_streams(store: Store, dsn: str) -> None:
     """Each claim of a session has a higher number than all before, and is announced."""
     ada, bob = await make_session(store), await make_session(store, "bob", 60)
     listener = Listener(dsn)
-    claims = await store.claim_streams([ada, bob])
+    claims = await claim(store, [ada, bob])
     assert claimed(claims) == [("ada", 1), ("bob", 1)]
     assert claims[1] is not None
+    assert claims[1].seconds_left is not None
     assert 55 < claims[1].seconds_left <= 60
     # Several streams of a session in one batch, in the order in which they came.
-    assert claimed(await store.claim_streams([ada, bob, ada, ada])) == [
+    assert claimed(await claim(store, [ada, bob, ada, ada])) == [
         ("ada", 2),
         ("bob", 2),
         ("ada", 3),
@@ -486,15 +491,15 @@ async def test_claim_streams_of_no_session(store: Store, dsn: str) -> None:
     """Expired and unknown sessions get no stream, and disturb nobody else's."""
     expired, unknown = await make_session(store, seconds=-1), secrets.token_bytes(32)
     listener = Listener(dsn)
-    assert await store.claim_streams([expired, unknown, expired]) == [None, None, None]
+    assert await claim(store, [expired, unknown, expired]) == [None, None, None]
     assert listener.payloads() == []
     valid = await make_session(store)
-    assert claimed(await store.claim_streams([expired, valid, unknown])) == [
+    assert claimed(await claim(store, [expired, valid, unknown])) == [
         None,
         ("ada", 1),
         None,
     ]
-    assert await store.claim_streams([]) == []
+    assert await claim(store, []) == []
     listener.close()
 
 
@@ -510,13 +515,77 @@ async def test_claims_at_once(store: Store, db: Connection) -> None:
     fetch(db, "ANALYZE sessions")
     keys = [bytes(row[0]) for row in rows[:200]]
     batches = await asyncio.gather(
-        *(store.claim_streams(keys if n % 2 else keys[::-1]) for n in range(40))
+        *(claim(store, keys if n % 2 else keys[::-1]) for n in range(40))
     )
     numbers: dict[int, list[int]] = {}
-    for claim in (claim for batch in batches for claim in batch):
-        assert claim is not None
-        numbers.setdefault(claim.session_id, []).append(claim.number)
+    for each in (each for batch in batches for each in batch):
+        assert each is not None
+        assert each.number is not None
+        numbers.setdefault(each.session_id, []).append(each.number)
     assert [sorted(each) for each in numbers.values()] == [list(range(1, 41))] * 200
+
+
+async def test_claims_over_the_limit(store: Store, dsn: str) -> None:
+    """A user's streams are limited over all sessions, the first of a batch first; a session that
+    has one may open it anew, and one that is refused keeps what it has."""
+    ada = [await make_session(store) for _ in range(5)]
+    bob = await make_session(store, "bob")
+    assert claimed(await claim(store, [ada[3], bob, ada[1], ada[2]], most=2)) == [
+        ("ada", 1),
+        ("bob", 1),
+        ("ada", 1),
+        ("ada", None),
+    ]
+    listener = Listener(dsn)
+    assert claimed(await claim(store, [ada[0], ada[1], ada[1], ada[4]], most=2)) == [
+        ("ada", None),
+        ("ada", 2),
+        ("ada", 3),
+        ("ada", None),
+    ]
+    [[[_, number]]] = [payload["s"] for payload in listener.of("stream")]
+    assert number == 3
+    assert claimed(await claim(store, [ada[0]], most=2)) == [("ada", None)]
+    assert listener.payloads() == []
+    listener.close()
+
+
+async def test_released_streams_count_no_more(store: Store, db: Connection) -> None:
+    """Nor do those that cannot be open any longer, nor those of expired sessions; a release that
+    comes after a newer claim changes nothing."""
+    first, second, third = [await make_session(store) for _ in range(3)]
+    [claimed_first] = await claim(store, [first], most=1)
+    assert claimed_first is not None
+    assert claimed_first.number == 1
+    assert claimed(await claim(store, [second], most=1)) == [("ada", None)]
+    await store.release_streams([(claimed_first.session_id, 1), (10**12, 1)])
+    assert claimed(await claim(store, [second], most=1)) == [("ada", 1)]
+    assert claimed(await claim(store, [second], most=1)) == [("ada", 2)]
+    [again] = await claim(store, [second], most=1)
+    assert again is not None
+    await store.release_streams([(again.session_id, 1), (again.session_id, 2)])
+    assert claimed(await claim(store, [third], most=1)) == [("ada", None)]
+    fetch(db, "UPDATE sessions SET stream_at = stream_at - interval '59 minutes'")
+    assert claimed(await claim(store, [third], most=1)) == [("ada", None)]
+    fetch(db, "UPDATE sessions SET stream_at = stream_at - interval '2 minutes'")
+    assert claimed(await claim(store, [third], most=1)) == [("ada", 1)]
+    fetch(db, "UPDATE sessions SET expires_at = clock_timestamp() WHERE key_hash = %s", third)
+    assert claimed(await claim(store, [first], most=1)) == [("ada", 2)]
+
+
+async def test_claims_and_releases_at_once(store: Store, db: Connection) -> None:
+    """They do not deadlock, and in the end nobody's stream counts that has ended."""
+    keys = [await make_session(store) for _ in range(100)]
+
+    async def open_and_end(keys: list[bytes]) -> None:
+        for _ in range(5):
+            claims = await claim(store, keys)
+            ended = [(each.session_id, each.number or 0) for each in claims if each is not None]
+            assert len(ended) == len(keys)
+            await store.release_streams(ended[::-1])
+
+    await asyncio.gather(*(open_and_end(keys if n % 2 else keys[::-1]) for n in range(4)))
+    assert fetch(db, "SELECT count(*) FROM sessions WHERE stream_at IS NOT NULL") == [(0,)]
 
 
 # Reading

@@ -161,6 +161,27 @@ async def test_what_happens_on_one_worker_shows_on_the_others(
         assert {stream.reason for stream in streams} == {reason}
 
 
+async def test_limits_of_a_user_hold_for_all_workers(
+    server_process: ServerProcessFactory, db: Connection, clients: Clients
+) -> None:
+    """Whichever workers a user's calls and streams meet, the limits are those of one process."""
+    server = await server_process(
+        "--workers", "2", SSE_API_CALLS_PER_MINUTE="40", SSE_STREAMS_PER_USER="3"
+    )
+    [caller] = sign_in(db, "ada")
+    answers = [await call(server, caller, "GET", "/api/session") for _ in range(120)]
+    assert len({worker for _, worker in answers}) == 2
+    passed = [status for status, _ in answers].count(200)
+    # One more each second and a half, and what one worker has not yet told the other.
+    assert 40 <= passed <= 60
+    streams = [await open_live(clients, server, key) for key in sign_in(db, *3 * ["bob"])]
+    for key in sign_in(db, *8 * ["bob"]):
+        refused = await clients.open(port(server), key)
+        await eventually(lambda refused=refused: refused.reason)  # type: ignore[misc]
+        assert refused.reason == "limit"
+    assert not any(stream.closed for stream in streams)
+
+
 # What becomes of workers
 
 

@@ -67,7 +67,7 @@ class Writers:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(statement, parameters or None)
-                return cursor.fetchall() if cursor.description else []
+                return cursor.fetchall() if cursor.description is not None else []
         finally:
             connection.close()
 
